@@ -1,0 +1,41 @@
+"""Float32 islands: comparing directions happens in float32, whatever autocast or `model.half()` say.
+
+Eight bits of mantissa move a cosine by 0.4 %, which is more than what separates neighbouring classes of a large
+bank, and in float16 the usual `clamp(norm, 1e-8)` is a clamp to zero.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which autocast of this device is off; costs nothing where it is off already.
+
+    Example:
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16), full_precision(torch.device("cpu")):
+        ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+        torch.float32
+    """
+    # Entering a disabled autocast unconditionally would leave a higher-order op in every exported graph. Not every
+    # device has an autocast to ask for ("meta" has none).
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def keeping_dtype(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`function` as `nn.Module._apply` gets it, less its change of dtype: moves between devices still happen.
+
+    Example:
+        >>> keeping_dtype(torch.Tensor.half)(torch.ones(1)).dtype
+        torch.float32
+    """
+
+    def moved(tensor: Tensor) -> Tensor:
+        result = function(tensor)
+        return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+    return moved
