@@ -1,0 +1,190 @@
+"""The bank: fixed unit prototypes, where they come from and how good they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hyperproto.constructions import CONSTRUCTIONS, choose_method
+from hyperproto.errors import BankError, ShapeError
+from hyperproto.geometry import cosine_lower_bound, largest_cosines, normalise
+from hyperproto.precision import keeping_dtype
+
+
+@dataclass(frozen=True)
+class BankReport:
+    """How well a bank's prototypes are separated, beside what is possible.
+
+    Attributes:
+        max_cosine: the largest cosine between two prototypes; the smaller, the better.
+        mean_max_cosine: mean over prototypes of the largest cosine to another.
+        min_angle_deg: the angle of the nearest pair, in degrees.
+        lower_bound: no bank of this size has a smaller `max_cosine`.
+        bound_name: "rankin" (attained) or "levenshtein" (rarely attained).
+        gap: `max_cosine` - `lower_bound`.
+        mean_norm: length of the mean prototype; 0 if the bank favours no direction.
+    """
+
+    max_cosine: float
+    mean_max_cosine: float
+    min_angle_deg: float
+    lower_bound: float
+    bound_name: str
+    gap: float
+    mean_norm: float
+
+    def __str__(self) -> str:
+        return (
+            f"largest cosine {self.max_cosine:.4f} (nearest pair {self.min_angle_deg:.1f} degrees apart), "
+            f"lower bound {self.lower_bound:.4f} ({self.bound_name}), gap {self.gap:.4f}; "
+            f"mean over rows {self.mean_max_cosine:.4f}; length of the mean {self.mean_norm:.4f}"
+        )
+
+
+class PrototypeBank(nn.Module):
+    r"""P fixed unit prototypes in dimension D: a buffer that no optimiser ever sees.
+
+    The same arguments give the same bank, bit for bit, on machines of one kind; the global random state is neither
+    read nor changed. Whatever `half()` or `double()` do to a model around it, the prototypes stay in float32.
+
+    Args:
+        num_prototypes: P >= 2, the number of classes or more.
+        dim: D >= 2.
+        method: "simplex" (P <= D + 1, optimal), "orthoplex" (D + 1 < P <= 2D, optimal), "separated" (smallest largest
+            cosine), "uniform" (smallest Gaussian potential), "energy" (smallest Riesz energy), "hpn" (smallest mean of
+            row maxima), "random", or "auto": the first of simplex, orthoplex and separated that serves P and D, and
+            random beyond what can be optimised in minutes.
+        seed: of the random rotation or the random start.
+        power: for "energy" only: the exponent s, one of 0, 1 and 2.
+        half_space: for "energy" only: spread the prototypes as lines, {w, -w}.
+
+    Raises:
+        BankError: a method that does not exist or cannot place P prototypes in dimension D, or options of another
+            method.
+
+    Example:
+        >>> bank = PrototypeBank(100, 50)
+        >>> bank.prototypes.shape, bank.method
+        (torch.Size([100, 50]), 'orthoplex')
+        >>> abs(bank.report().max_cosine) < 1e-6
+        True
+
+    References:
+        Saadabadi et al., CVPR 2024, section 3.2; each construction names its own.
+    """
+
+    prototypes: Tensor
+    method: str
+
+    def __init__(
+        self,
+        num_prototypes: int,
+        dim: int,
+        *,
+        method: str = "auto",
+        seed: int = 0,
+        power: int = 2,
+        half_space: bool = False,
+    ) -> None:
+        super().__init__()
+        if method == "auto":
+            method = choose_method(num_prototypes, dim)
+        if method not in CONSTRUCTIONS:
+            known = ", ".join(repr(name) for name in ("auto", *CONSTRUCTIONS))
+            raise BankError(
+                f"expected a method among {known}, got {method!r}. For prototypes of your own use "
+                "PrototypeBank.from_tensor(prototypes)."
+            )
+        _check_energy_options(method, power, half_space)
+        options = {"power": power, "half_space": half_space} if method == "energy" else {}
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        self.register_buffer("prototypes", CONSTRUCTIONS[method](num_prototypes, dim, generator, **options))
+        self.method = method
+
+    @classmethod
+    def from_tensor(cls, prototypes: Tensor) -> PrototypeBank:
+        """A bank of rows given: normalised copies, on the same device; `method` is "given".
+
+        Args:
+            prototypes: (P, D) floating point, P >= 2, D >= 2, finite, no zero row.
+
+        Raises:
+            ShapeError: not a floating matrix of at least two rows and two columns.
+            BankError: rows that have no direction; the message names the first few.
+
+        Example:
+            >>> PrototypeBank.from_tensor(torch.tensor([[2.0, 0.0], [0.0, -3.0]])).prototypes
+            tensor([[ 1.,  0.],
+                    [ 0., -1.]])
+        """
+        if prototypes.dim() != 2 or min(prototypes.shape) < 2 or not prototypes.is_floating_point():
+            raise ShapeError(
+                "expected prototypes of shape (P, D), P >= 2 and D >= 2, in a floating dtype, got "
+                f"{tuple(prototypes.shape)} and {prototypes.dtype}."
+            )
+        unit_rows = normalise(prototypes.detach())
+        # NaN compares false, so that rows of NaN or infinity are caught with the zero rows.
+        pointless = torch.nonzero(~(unit_rows.norm(dim=1) > 0.5)).flatten().tolist()
+        if pointless:
+            raise BankError(
+                f"expected finite, non-zero prototypes, got {len(pointless)} rows without a direction, "
+                f"the first at {pointless[:5]}. Drop or replace them."
+            )
+        bank = cls.__new__(cls)
+        nn.Module.__init__(bank)
+        bank.register_buffer("prototypes", unit_rows)
+        bank.method = "given"
+        return bank
+
+    @property
+    def num_prototypes(self) -> int:
+        """P."""
+        return self.prototypes.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.prototypes.shape[1]
+
+    @torch.no_grad()
+    def report(self) -> BankReport:
+        """How well the prototypes are separated, beside a lower bound on what is possible; O(P^2 D).
+
+        Example:
+            >>> print(PrototypeBank(4, 3).report())
+            largest cosine -0.3333 (nearest pair 109.5 degrees apart), lower bound -0.3333 (rankin), gap 0.0000;
+            mean over rows -0.3333; length of the mean 0.0000
+        """
+        row_maxima = largest_cosines(self.prototypes)
+        max_cosine = min(1.0, max(-1.0, float(row_maxima.max())))
+        lower_bound, bound_name = cosine_lower_bound(self.num_prototypes, self.dim)
+        return BankReport(
+            max_cosine=max_cosine,
+            mean_max_cosine=float(row_maxima.mean()),
+            min_angle_deg=math.degrees(math.acos(max_cosine)),
+            lower_bound=lower_bound,
+            bound_name=bound_name,
+            gap=max_cosine - lower_bound,
+            mean_norm=float(self.prototypes.mean(dim=0).norm()),
+        )
+
+    def extra_repr(self) -> str:
+        """What `print` shows of the bank."""
+        return f"num_prototypes={self.num_prototypes}, dim={self.dim}, method={self.method!r}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrototypeBank:
+        return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
+
+
+def _check_energy_options(method: str, power: int, half_space: bool) -> None:
+    if power not in (0, 1, 2):
+        raise BankError(f"expected power to be 0, 1 or 2, got {power}.")
+    if method != "energy" and (power != 2 or half_space):
+        raise BankError(
+            f'power and half_space are options of method="energy", got power={power} and half_space={half_space} '
+            f"with method={method!r}. Drop them or change the method."
+        )
