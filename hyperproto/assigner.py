@@ -1,0 +1,305 @@
+"""Which label each prototype stands for: running class means, and the matching once an epoch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hyperproto.errors import ArgumentError, AssignmentError, BankError, ShapeError
+from hyperproto.functional import AssignmentMethod, solve_assignment
+from hyperproto.geometry import largest_cosines, normalise
+from hyperproto.head import HypersphericalHead, require_heads
+from hyperproto.precision import full_precision, keeping_dtype
+from hyperproto.targets import check_target, group_by_label
+
+
+@dataclass(frozen=True)
+class AssignmentStep:
+    """What one assignment step did.
+
+    Attributes:
+        changed: number of labels that moved to another prototype.
+        moved_labels: those labels, ascending.
+        similarity_before: sum over labels of the cosine between class mean and prototype, before the step.
+        similarity_after: the same after it; never smaller.
+        unseen: labels without a class mean so far, ascending; they count as similarity 0.
+        solver: the method that solved, or "frozen".
+        optimal: whether no assignment has a larger similarity.
+        seconds: wall time of the step.
+        equiangular: all prototypes are at one angle from each other (a simplex): any permutation of labels is then an
+            isometry, and the step cannot change the geometry between classes, only how far each has to travel.
+    """
+
+    changed: int
+    moved_labels: tuple[int, ...]
+    similarity_before: float
+    similarity_after: float
+    unseen: tuple[int, ...]
+    solver: str
+    optimal: bool
+    seconds: float
+    equiangular: bool
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.changed} labels moved, similarity {self.similarity_before:.4f} -> {self.similarity_after:.4f} "
+            f"({self.solver}{', optimal' if self.optimal else ''}, {self.seconds:.3f} s)"
+        )
+        if self.unseen:
+            text += f"; {len(self.unseen)} labels not seen yet"
+        if self.equiangular:
+            text += "; the prototypes form a simplex: no assignment changes the geometry between classes"
+        return text
+
+
+class DynamicAssigner(nn.Module):
+    r"""Keeps a running mean embedding of every label and matches labels to prototypes by it.
+
+    .. math:: m_c \leftarrow \operatorname{normalise}(\mu \, m_c + (1 - \mu) \, \bar z_c), \qquad
+              \sigma = \arg\max_{\sigma \text{ injective}} \sum_c \langle m_c, w_{\sigma(c)} \rangle
+
+    The criteria of this library call `update` with each training batch; the training loop calls `step` once an epoch.
+    All heads of a model share one bank and one assignment, and both stay on the heads: an assigner can be thrown away
+    after training. The means follow the model's device by themselves.
+
+    Args:
+        source: a converted model (bare or wrapped), or a head.
+        momentum: weight mu of the OLD mean, in [0, 1); None for the plain mean of all embeddings since the last step.
+            The code published with the paper has an effective 0.95 where the paper says 0.9.
+        solver: method of `functional.solve_assignment`.
+
+    Attributes:
+        class_means: (C, D) float32 buffer, unit rows; zero for a label never seen.
+        class_counts: (C,) float32 buffer, samples seen of each label (sums of weights for soft targets).
+
+    Raises:
+        HeadNotFoundError: source has no head.
+        BankError: its heads do not share one bank.
+        ArgumentError: momentum outside [0, 1).
+
+    Example:
+        >>> head = HypersphericalHead(8, 4, dim=2)
+        >>> assigner = DynamicAssigner(head)
+        >>> assigner.update(head(torch.randn(16, 8)), torch.arange(16) % 4)
+        >>> assigner.step().unseen
+        ()
+
+    References:
+        Saadabadi et al., CVPR 2024, section 3.2. Differs from the published code in that all samples of a label in a
+        batch count (there the last one wins), and that the assignment is part of the model's state.
+    """
+
+    class_means: Tensor
+    class_counts: Tensor
+    pending_counts: Tensor
+    class_sums: Tensor | None
+    frozen: Tensor
+
+    def __init__(
+        self, source: nn.Module, *, momentum: float | None = 0.9, solver: AssignmentMethod = "auto"
+    ) -> None:
+        super().__init__()
+        if momentum is not None and not 0.0 <= momentum < 1.0:
+            raise ArgumentError(f"momentum is the weight of the old mean and must lie in [0, 1), got {momentum}.")
+        # In a tuple, so that the model does not become a submodule of the criterion.
+        self._heads = require_heads(source)
+        _check_shared_bank(self._heads)
+        self.momentum = momentum
+        self.solver: AssignmentMethod = solver
+        self._history: list[AssignmentStep] = []
+        head = self.head
+        means = torch.zeros(head.num_classes, head.dim, dtype=torch.float32, device=head.assignment.device)
+        self.register_buffer("class_means", means)
+        self.register_buffer("class_counts", means.new_zeros(head.num_classes))
+        # Of the samples since the last step: what each rank weighs by when ranks are combined.
+        self.register_buffer("pending_counts", means.new_zeros(head.num_classes))
+        self.register_buffer("class_sums", torch.zeros_like(means) if momentum is None else None)
+        self.register_buffer("frozen", torch.zeros((), dtype=torch.bool, device=means.device))
+        self._equiangular = _is_equiangular(head)
+
+    @property
+    def head(self) -> HypersphericalHead:
+        """The head (the first one, where a model has several)."""
+        return self._heads[0]
+
+    @property
+    def history(self) -> tuple[AssignmentStep, ...]:
+        """The steps of this process so far."""
+        return tuple(self._history)
+
+    def freeze(self) -> None:
+        """Keep the assignment as it is in all steps to come; the class means go on."""
+        self.frozen.fill_(True)
+
+    def unfreeze(self) -> None:
+        """Let steps change the assignment again."""
+        self.frozen.fill_(False)
+
+    @torch.no_grad()
+    def update(self, output: Tensor, target: Tensor) -> None:
+        """Feed a batch to the class means; in place.
+
+        Costs O(B D) from embeddings and O(B C D) from logits, whose embeddings are recovered by least squares.
+
+        Args:
+            output: what the model returned in training: logits (B, C) or embeddings (B, D).
+            target: labels (B,) int64, or soft targets (B, C), whose entries weigh the samples. Where the weights of
+                a label add up to less than one sample, its mean moves by that fraction of a step.
+
+        Raises:
+            ShapeError, LabelError: output or target do not fit; nothing has changed then.
+        """
+        embedding_width = self.head.is_embedding(output)  # also checks the shape
+        check_target(target, len(output), self.head.num_classes)
+        if len(output) == 0:
+            return
+        self._follow_device(output.device)
+        with full_precision(output.device):
+            embeddings = output.float() if embedding_width else self.head.recover_embeddings(output)
+            if target.dim() == 1:
+                self._update_hard(embeddings, target)
+            else:
+                self._update_soft(embeddings, target.float())
+
+    def step(self) -> AssignmentStep:
+        """Match labels to prototypes by the class means and write the assignment into the heads; in place.
+
+        Under torch.distributed every rank must call it: means are combined over the ranks in one collective, each
+        weighed by its samples since the last step, and every rank arrives at the same assignment.
+
+        Returns:
+            What changed.
+
+        Raises:
+            AssignmentError: class means that are not finite, with their labels; means and assignment stay as they
+                were. Zero those rows of `class_means` to forget them.
+        """
+        started = time.perf_counter()
+        self._combine_ranks()
+        head = self.head
+        means, prototypes, before = (
+            self.class_means.double().cpu(),
+            head.bank.prototypes.double().cpu(),
+            head.assignment.cpu().clone(),
+        )
+        if bool(self.frozen):
+            after, solver, optimal = before, "frozen", False
+        else:
+            solution = solve_assignment(means, prototypes, current=before, method=self.solver)
+            after, solver, optimal = solution.assignment, solution.method, solution.optimal
+            for each in self._heads:
+                each.assign_(after.to(each.assignment.device))
+        moved = torch.nonzero(after != before).flatten().tolist()
+        record = AssignmentStep(
+            changed=len(moved),
+            moved_labels=tuple(moved),
+            similarity_before=float((means * prototypes[before]).sum()),
+            similarity_after=float((means * prototypes[after]).sum()),
+            unseen=tuple(torch.nonzero(~means.any(dim=1)).flatten().tolist()),
+            solver=solver,
+            optimal=optimal,
+            seconds=time.perf_counter() - started,
+            equiangular=self._equiangular,
+        )
+        self._history.append(record)
+        return record
+
+    def extra_repr(self) -> str:
+        """What `repr` shows."""
+        return f"num_classes={self.head.num_classes}, dim={self.head.dim}, momentum={self.momentum}"
+
+    def _update_hard(self, embeddings: Tensor, labels: Tensor) -> None:
+        ordered, order, group = group_by_label(labels)
+        ones = torch.ones_like(embeddings[:, 0])
+        sums = torch.zeros_like(embeddings).index_add_(0, group, embeddings[order])[group]  # (B, D)
+        counts = torch.zeros_like(ones).index_add_(0, group, ones)[group]  # (B,)
+        if self.class_sums is None:
+            old = self.class_means[ordered]
+            new = self._mix(old, sums / counts[:, None])
+        else:
+            self.class_sums.index_add_(0, labels, embeddings)
+            new = normalise(self.class_sums[ordered])
+        # Places of one label write equal rows.
+        self.class_means.index_copy_(0, ordered, new)
+        self.class_counts.index_add_(0, labels, ones)
+        self.pending_counts.index_add_(0, labels, ones)
+
+    def _update_soft(self, embeddings: Tensor, weights: Tensor) -> None:
+        sums = weights.T @ embeddings  # (C, D)
+        counts = weights.sum(dim=0)  # (C,)
+        if self.class_sums is None:
+            new = self._mix(self.class_means, sums / counts.clamp_min(1.0)[:, None])
+        else:
+            self.class_sums.add_(sums)
+            new = normalise(self.class_sums)
+        self.class_means.copy_(torch.where((counts > 0)[:, None], new, self.class_means))
+        self.class_counts.add_(counts)
+        self.pending_counts.add_(counts)
+
+    def _mix(self, old: Tensor, new: Tensor) -> Tensor:
+        # A label's old mean is zero before its first batch, which therefore sets it outright.
+        momentum = 0.0 if self.momentum is None else self.momentum
+        return normalise(momentum * old + (1.0 - momentum) * new)
+
+    def _follow_device(self, device: torch.device) -> None:
+        if self.class_means.device != device:
+            self.to(device)
+
+    @torch.no_grad()
+    def _combine_ranks(self) -> None:
+        """Combine what the ranks have seen since the last step, check it, and start the next round of counting."""
+        means, total = self.class_means, self.pending_counts
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            sums = means * total[:, None] if self.class_sums is None else self.class_sums
+            gathered = torch.cat([sums, total[:, None]], dim=1)  # (C, D + 1)
+            dist.all_reduce(gathered)
+            total = gathered[:, -1]
+            means = torch.where((total > 0)[:, None], normalise(gathered[:, :-1]), means)
+        finite = torch.isfinite(means).all(dim=1)
+        if not bool(finite.all()):
+            labels = torch.nonzero(~finite).flatten().tolist()
+            raise AssignmentError(
+                f"the class means of {len(labels)} labels are not finite: {labels[:10]}. The model returned NaN or "
+                "infinite values for them; the assignment is unchanged. Find the cause (learning rate, half "
+                "precision), then forget those means: assigner.class_means[labels] = 0."
+            )
+        self.class_means.copy_(means)
+        self.class_counts.add_(total - self.pending_counts)
+        self.pending_counts.zero_()
+        if self.class_sums is not None:
+            self.class_sums.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicAssigner:
+        return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        means = state_dict.get(prefix + "class_means")
+        if means is not None and means.shape != self.class_means.shape:
+            raise ShapeError(
+                f"the checkpoint's {prefix}class_means has shape {tuple(means.shape)}, this assigner expects "
+                f"{tuple(self.class_means.shape)} (number of labels, dimension)."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _check_shared_bank(heads: tuple[HypersphericalHead, ...]) -> None:
+    first = heads[0]
+    for other in heads[1:]:
+        same_bank = other.bank is first.bank or torch.equal(other.bank.prototypes, first.bank.prototypes)
+        if not same_bank or not torch.equal(other.assignment, first.assignment):
+            raise BankError(
+                "all heads of one model must share one bank and one assignment; these differ. "
+                "Build them with the same PrototypeBank, or give each its own DynamicAssigner."
+            )
+
+
+def _is_equiangular(head: HypersphericalHead) -> bool:
+    if head.bank.num_prototypes > head.dim + 1:
+        return False
+    # Only a simplex reaches Rankin's bound in every row.
+    return bool((largest_cosines(head.bank.prototypes) + 1.0 / (head.bank.num_prototypes - 1)).abs().max() < 1e-5)

@@ -1,0 +1,336 @@
+"""Pure functions: losses over cosines, the assignment problem, the energy of a configuration.
+
+No state, no modules; what the classes of this library do is written here once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hyperproto.errors import ArgumentError, AssignmentError, ShapeError
+from hyperproto.geometry import hyperspherical_energy, normalise
+from hyperproto.matching.check import check_assignment
+from hyperproto.matching.dense import solve_dense
+from hyperproto.targets import check_target, count_own_label
+
+__all__ = [
+    "AssignmentSolution",
+    "balanced_loss",
+    "batch_squared_lengths",
+    "hyperspherical_energy",
+    "long_tail_loss",
+    "prototype_cross_entropy",
+    "pull_loss",
+    "solve_assignment",
+    "squared_class_lengths",
+]
+
+Reduction = Literal["mean", "sum", "none"]
+AssignmentMethod = Literal["auto", "dense"]
+
+
+def balanced_loss(cosines: Tensor, target: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+    r"""Squared pull of each sample towards the prototype of its label.
+
+    .. math:: \ell_b = \left(1 - \langle z_b, w_{\sigma(y_b)} \rangle\right)^2
+
+    Soft targets weigh the pulls towards all labels: linear in the targets.
+
+    Args:
+        cosines: (B, C).
+        target: labels (B,) int64 or soft targets (B, C).
+        reduction: "mean" keeps the learning rate independent of the batch size; the papers take the "sum".
+
+    Returns:
+        () or, for "none", (B,) float32. An empty batch has loss 0.
+
+    Raises:
+        LabelError, ShapeError: target does not fit.
+
+    Example:
+        >>> cosines = torch.tensor([[0.5, 0.0], [0.0, 1.0]])
+        >>> balanced_loss(cosines, torch.tensor([0, 1]), reduction="none")
+        tensor([0.2500, 0.0000])
+
+    References:
+        Mettes et al., NeurIPS 2019, eq. 5; Saadabadi et al., CVPR 2024 (balanced data).
+    """
+    _check_cosines(cosines, target)
+    return pull_loss(_at_labels(cosines, target), target, reduction=reduction)
+
+
+def long_tail_loss(
+    cosines: Tensor, target: Tensor, *, class_counts: Tensor | None = None, reduction: Reduction = "mean"
+) -> Tensor:
+    r"""Dot regression: the squared pull, with classes weighed by the inverse of their frequency.
+
+    .. math:: \ell_b = \tfrac{1}{2} E_{y_b}^2 \left(1 - \langle z_b, w_{\sigma(y_b)} \rangle\right)^2
+
+    Args:
+        cosines: (B, C).
+        target: labels (B,) int64 or soft targets (B, C).
+        class_counts: (C,) training samples of each class; by default the counts of this batch.
+        reduction: "mean" (as in the papers), "sum" or "none".
+
+    Returns:
+        () or, for "none", (B,) float32. An empty batch has loss 0.
+
+    Raises:
+        LabelError, ShapeError: target does not fit.
+        ArgumentError: class_counts are not C positive numbers.
+
+    Example:
+        >>> cosines = torch.zeros(3, 2)
+        >>> long_tail_loss(cosines, torch.tensor([0, 0, 1]), reduction="none")
+        tensor([0.3750, 0.3750, 0.7500])
+
+    References:
+        Yang et al., NeurIPS 2022, eq. 9 (dot regression); Saadabadi et al., CVPR 2024 (long-tailed data).
+    """
+    _check_cosines(cosines, target)
+    if class_counts is None:
+        lengths = batch_squared_lengths(target)
+    else:
+        lengths = _at_labels(squared_class_lengths(class_counts, cosines.shape[1])[None].to(cosines.device), target)
+    return pull_loss(_at_labels(cosines, target), target, 0.5 * lengths, reduction=reduction)
+
+
+def prototype_cross_entropy(
+    cosines: Tensor,
+    target: Tensor,
+    *,
+    scale: float = 16.0,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Cross-entropy over scaled cosines with fixed prototypes ("ETF + CE").
+
+    .. math:: \ell_b = -\log \frac{\exp(s \cos_{b, y_b})}{\sum_c \exp(s \cos_{b, c})}
+
+    Args:
+        cosines: (B, C).
+        target: labels (B,) int64 or soft targets (B, C).
+        scale: s > 0, the inverse temperature.
+        label_smoothing: share of the target spread evenly over all classes, in [0, 1].
+        reduction: "mean", "sum" or "none".
+
+    Returns:
+        () or, for "none", (B,) float32. An empty batch has loss 0.
+
+    Raises:
+        LabelError, ShapeError: target does not fit.
+
+    Example:
+        >>> prototype_cross_entropy(torch.zeros(1, 4), torch.tensor([2])).exp()
+        tensor(4.)
+
+    References:
+        Shen et al., arXiv 2303.11637 (equiangular basis vectors).
+    """
+    _check_cosines(cosines, target)
+    soft = target if target.dim() == 1 else target.float()
+    losses = F.cross_entropy(scale * cosines.float(), soft, reduction="none", label_smoothing=label_smoothing)
+    return _reduce(losses, reduction)
+
+
+def pull_loss(
+    selected: Tensor, target: Tensor, weights: Tensor | None = None, *, reduction: Reduction = "mean"
+) -> Tensor:
+    r"""What the pull losses share: :math:`\ell_b = \sum_k t_{bk} \, a_{bk} (1 - \cos_{bk})^2` over the selected cosines.
+
+    Args:
+        selected: (B, 1) cosine with the own label's prototype, or (B, C) all cosines for soft targets.
+        target: labels (B,), for which every t is 1, or soft targets t (B, C).
+        weights: a, broadcastable to `selected`; 1 by default.
+        reduction: "mean", "sum" or "none".
+    """
+    losses = (1.0 - selected.float()).square()
+    if weights is not None:
+        losses = losses * weights
+    if target.dim() == 2:
+        losses = losses * target.float()
+    return _reduce(losses.sum(dim=1), reduction)
+
+
+def batch_squared_lengths(target: Tensor) -> Tensor:
+    r"""Squared class lengths :math:`E_c^2 = \gamma / n_c`, :math:`\gamma = B /` (classes present), from one batch.
+
+    Args:
+        target: labels (B,) or soft targets (B, C), whose sums are the counts n.
+
+    Returns:
+        (B, 1) for labels, each sample's own; (1, C) for soft targets, 0 for classes that are absent.
+
+    Example:
+        >>> batch_squared_lengths(torch.tensor([0, 0, 1])).flatten()
+        tensor([0.7500, 0.7500, 1.5000])
+    """
+    if target.dim() == 1:
+        own_counts = count_own_label(target)
+        # Every class present adds n_c samples of 1 / n_c each.
+        num_present = own_counts.reciprocal().sum()
+        return (target.shape[0] / (num_present * own_counts))[:, None]
+    counts = target.float().sum(dim=0, keepdim=True)  # (1, C)
+    present = counts > 0
+    return torch.where(present, target.shape[0] / (present.sum() * counts), 0.0)
+
+
+def squared_class_lengths(class_counts: Tensor, num_classes: int) -> Tensor:
+    r"""Squared class lengths :math:`E_c^2 = \gamma / n_c`, :math:`\gamma = N / C`, from the whole training set.
+
+    Args:
+        class_counts: (C,) positive numbers of training samples.
+        num_classes: C.
+
+    Returns:
+        (C,) float32; balanced classes have length 1.
+
+    Raises:
+        ArgumentError: not C positive finite numbers.
+
+    Example:
+        >>> squared_class_lengths(torch.tensor([30, 10]), 2)
+        tensor([0.6667, 2.0000])
+    """
+    counts = torch.as_tensor(class_counts).detach().double().cpu()
+    if counts.shape != (num_classes,):
+        raise ArgumentError(f"class_counts must have shape ({num_classes},), got {tuple(counts.shape)}.")
+    if not bool((torch.isfinite(counts) & (counts > 0)).all()):
+        wrong = torch.nonzero(~(torch.isfinite(counts) & (counts > 0))).flatten()[:5].tolist()
+        raise ArgumentError(
+            f"class_counts must be positive and finite; they are not for labels {wrong}. "
+            "Leave classes without training samples out of the head."
+        )
+    return (counts.sum() / (num_classes * counts)).float()
+
+
+@dataclass(frozen=True)
+class AssignmentSolution:
+    """Which prototype stands for which label.
+
+    Attributes:
+        assignment: (C,) int64 on the CPU, injective.
+        similarity: sum over labels of weight times cosine with the matched prototype.
+        optimal: whether no assignment can have a larger similarity (to float rounding): proven by the solver.
+        method: the solver used.
+    """
+
+    assignment: Tensor
+    similarity: float
+    optimal: bool
+    method: str
+
+
+def solve_assignment(
+    class_means: Tensor,
+    prototypes: Tensor,
+    *,
+    current: Tensor | None = None,
+    weights: Tensor | None = None,
+    method: AssignmentMethod = "auto",
+) -> AssignmentSolution:
+    r"""The one-to-one assignment of labels to prototypes with the largest total cosine.
+
+    .. math:: \sigma = \arg\max_{\sigma \text{ injective}} \sum_c a_c \langle m_c, w_{\sigma(c)} \rangle
+
+    Args:
+        class_means: (C, D) mean embeddings; rows are normalised here. A zero row is a label never seen: it keeps
+            its prototype unless a seen label needs it.
+        prototypes: (P, D), P >= C; rows are normalised here.
+        current: (C,) int64, the assignment in force, kept wherever moving gains nothing; by default label k at k.
+        weights: (C,) non-negative importance a of each label; 1 by default.
+        method: "dense" (scipy, O(C P) memory) or "auto".
+
+    Returns:
+        The solution; exact in every mode.
+
+    Raises:
+        ShapeError: shapes do not fit.
+        AssignmentError: P < C, rows that are not finite (named), or an invalid `current`.
+        ArgumentError: an unknown method, or weights that are negative or not finite.
+
+    Example:
+        >>> means = torch.tensor([[0.0, 1.0], [1.0, 0.1]])
+        >>> solve_assignment(means, torch.eye(2)).assignment.tolist()
+        [1, 0]
+
+    References:
+        Saadabadi et al., CVPR 2024, eq. 7 (the assignment step).
+    """
+    if method not in get_args(AssignmentMethod):
+        raise ArgumentError(f"method must be one of {get_args(AssignmentMethod)}, got {method!r}.")
+    _check_problem(class_means, prototypes, weights)
+    num_classes, num_prototypes = len(class_means), len(prototypes)
+    if current is None:
+        current = torch.arange(num_classes, device="cpu")
+    check_assignment(current, num_classes, num_prototypes)
+    current = current.cpu()
+    similarity = normalise(class_means.detach()).double().cpu() @ normalise(prototypes.detach()).double().cpu().T
+    if weights is not None:
+        similarity *= weights.detach().double().cpu()[:, None]
+    assignment = solve_dense(similarity, current)
+    total = _total_similarity(similarity, assignment)
+    if total <= _total_similarity(similarity, current):  # equal but for the order of summation
+        assignment = current.clone()
+        total = _total_similarity(similarity, current)
+    return AssignmentSolution(assignment, total, optimal=True, method="dense")
+
+
+def _total_similarity(similarity: Tensor, assignment: Tensor) -> float:
+    return float(similarity.gather(1, assignment[:, None]).sum())
+
+
+def check_reduction(reduction: Reduction) -> None:
+    """Raise ArgumentError unless `reduction` is "mean", "sum" or "none"."""
+    if reduction not in get_args(Reduction):
+        raise ArgumentError(f"reduction must be one of {', '.join(map(repr, get_args(Reduction)))}, got {reduction!r}.")
+
+
+def _check_problem(class_means: Tensor, prototypes: Tensor, weights: Tensor | None) -> None:
+    if class_means.dim() != 2 or prototypes.dim() != 2 or class_means.shape[1] != prototypes.shape[1]:
+        raise ShapeError(
+            "expected class means (C, D) and prototypes (P, D) of one dimension D, got "
+            f"{tuple(class_means.shape)} and {tuple(prototypes.shape)}."
+        )
+    if len(prototypes) < len(class_means):
+        raise AssignmentError(
+            f"{len(class_means)} labels need at least as many prototypes, got {len(prototypes)}. "
+            "Build the bank with more prototypes."
+        )
+    for name, rows in (("class means", class_means), ("prototypes", prototypes)):
+        finite = torch.isfinite(rows).all(dim=1)
+        if not bool(finite.all()):
+            wrong = torch.nonzero(~finite).flatten()[:10].tolist()
+            raise AssignmentError(f"{name} must be finite; rows {wrong} are not.")
+    if weights is None:
+        return
+    if weights.shape != (len(class_means),):
+        raise ShapeError(f"expected weights of shape ({len(class_means)},), got {tuple(weights.shape)}.")
+    if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+        raise ArgumentError("weights must be finite and not negative.")
+
+
+def _check_cosines(cosines: Tensor, target: Tensor) -> None:
+    if cosines.dim() != 2:
+        raise ShapeError(f"expected cosines of shape (B, C), got {tuple(cosines.shape)}.")
+    check_target(target, *cosines.shape)
+
+
+def _at_labels(values: Tensor, target: Tensor) -> Tensor:
+    """(B, C) or (1, C) values -> (B, 1), those of each sample's label; all of them for soft targets."""
+    return values.expand(len(target), -1).gather(1, target[:, None]) if target.dim() == 1 else values
+
+
+def _reduce(losses: Tensor, reduction: Reduction) -> Tensor:
+    check_reduction(reduction)
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    # The mean of nothing would be NaN, and its gradient with it.
+    return losses.sum() / max(len(losses), 1)

@@ -1,0 +1,331 @@
+"""The classifier that does not train: fixed prototypes, and which of them stands for which label."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Final, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hyperproto.bank import PrototypeBank
+from hyperproto.errors import ArgumentError, BankError, HeadNotFoundError, ShapeError
+from hyperproto.geometry import largest_cosines, normalise
+from hyperproto.matching.check import check_assignment
+from hyperproto.precision import full_precision, keeping_dtype
+from hyperproto.projection import Projection, build_projection, check_features
+
+TrainingOutput = Literal["logits", "embedding"]
+
+# Leaves to torch.fx: what they decide by shape is decided when a traced graph runs.
+torch.fx.wrap("check_features")
+torch.fx.wrap("normalise")
+
+#: A sample exactly on its prototype gets about this probability under the default logit scale.
+PLACED_PROBABILITY = 0.99
+
+
+class HypersphericalHead(nn.Module):
+    r"""Classifier over fixed unit prototypes: logits are scaled cosines.
+
+    .. math:: z = \frac{A x}{\lVert A x \rVert}, \qquad \text{logits}_k = s \, \langle z, w_{\sigma(k)} \rangle
+
+    Column k belongs to label k, whatever the assignment. No prototype ever trains or moves; what changes is
+    `assignment` (an integer buffer, gathered at use, so that averaging weights cannot blend two assignments).
+    Everything from the normalisation on is computed in float32, also under autocast and in half-precision models.
+
+    Args:
+        in_features: width of the features that come in.
+        num_classes: number of labels C, at least 2.
+        dim: dimension D of the embeddings, at least 2; by default the bank's, or `in_features`.
+        bank: a method of `PrototypeBank`, or a bank with at least C prototypes of dimension D.
+        projection: "none" uses the features themselves (needs dim == in_features); "linear" a bias-free linear map,
+            so that scaling the features changes no logit; "linear+bn" the same with batch norm before the
+            normalisation; "auto" is "linear+bn".
+        logit_scale: s > 0; by default `default_logit_scale(bank, num_classes)`.
+        training_output: "logits", or "embedding": in train mode return z (B, D), so that this library's losses cost
+            O(B D) whatever C is. In eval mode logits are returned in either case.
+        seed: of the bank and of the projection's start.
+
+    Shape:
+        features (..., in_features) -> logits (..., C), float32.
+
+    Raises:
+        ArgumentError: an option outside its range.
+        BankError: the bank cannot be built or does not fit.
+        ShapeError: at call, for features of another width.
+
+    Example:
+        >>> head = HypersphericalHead(64, 10, dim=5)
+        >>> head(torch.randn(2, 64)).shape, head.embed(torch.randn(2, 64)).shape
+        (torch.Size([2, 10]), torch.Size([2, 5]))
+
+    References:
+        Saadabadi et al., CVPR 2024, section 3; Yang et al., NeurIPS 2022 (fixed ETF classifier).
+    """
+
+    assignment: Tensor
+    logit_scale: Tensor
+    frame_inverse: Tensor
+    training_output: Final[TrainingOutput]
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        dim: int | None = None,
+        bank: str | PrototypeBank = "auto",
+        projection: Projection = "auto",
+        logit_scale: float | None = None,
+        training_output: TrainingOutput = "logits",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_options(in_features, num_classes, projection, logit_scale, training_output)
+        if dim is None:
+            dim = bank.dim if isinstance(bank, PrototypeBank) else in_features
+        if projection == "none" and dim != in_features:
+            raise ArgumentError(
+                f'projection="none" needs dim == in_features, got dim={dim} and in_features={in_features}. '
+                'Use projection="linear" or "linear+bn".'
+            )
+        if isinstance(bank, str):
+            bank = PrototypeBank(num_classes, dim, method=bank, seed=seed)
+        if bank.dim != dim or bank.num_prototypes < num_classes:
+            raise BankError(
+                f"expected a bank of at least {num_classes} prototypes in dimension {dim}, "
+                f"got {bank.num_prototypes} in dimension {bank.dim}."
+            )
+        self.in_features = in_features
+        self.num_classes = num_classes
+        self.dim = dim
+        self.training_output = training_output
+        self.projection = build_projection(projection, in_features, dim, seed=seed)
+        self.bank = bank
+        scale = default_logit_scale(bank, num_classes) if logit_scale is None else float(logit_scale)
+        self.register_buffer("assignment", torch.arange(num_classes, device="cpu"))
+        self.register_buffer("logit_scale", torch.tensor(scale, dtype=torch.float32, device="cpu"))
+        inverse = torch.zeros(dim, dim, dtype=torch.float32, device="cpu")
+        self.register_buffer("frame_inverse", inverse, persistent=False)
+        self._refresh_frame_inverse()
+        self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
+
+    @property
+    def class_prototypes(self) -> Tensor:
+        """(C, D): row k is the prototype that stands for label k now."""
+        return self.bank.prototypes[self.assignment]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(..., in_features) -> (..., C) logits, or (..., D) embeddings in train mode if so chosen."""
+        embeddings = self.embed(features)
+        if self.training and self.training_output == "embedding":
+            return embeddings
+        return scaled_cosines(embeddings, self.bank.prototypes, self.assignment, self.logit_scale)
+
+    def embed(self, features: Tensor) -> Tensor:
+        """(..., in_features) -> (..., D) unit rows in float32; a zero row stays zero."""
+        if not torch.jit.is_scripting():
+            check_features(features, self.in_features)
+        return normalise(self.projection(features))
+
+    def assign_(self, assignment: Tensor) -> None:
+        """Let label k be represented by prototype `assignment[k]` from now on; in place.
+
+        Args:
+            assignment: (C,) int64, no value twice, each in [0, P).
+
+        Raises:
+            AssignmentError: anything else; the old assignment stays.
+        """
+        check_assignment(assignment, self.num_classes, self.bank.num_prototypes)
+        self.assignment.copy_(assignment)
+        # All P = C prototypes span the same frame in any order.
+        if self.bank.num_prototypes > self.num_classes:
+            self._refresh_frame_inverse()
+
+    def recover_embeddings(self, logits: Tensor) -> Tensor:
+        r"""Embeddings (B, D) whose logits these are: least squares on the assigned prototypes.
+
+        .. math:: z = \tfrac{1}{s} \, \text{logits} \; W_\sigma (W_\sigma^\top W_\sigma)^{+}
+
+        Exact for the part of z within the span of the assigned prototypes; what is orthogonal to all of them
+        leaves no trace in any logit and is lost (nothing is lost where they span the space, as for C > D).
+
+        Args:
+            logits: (B, C).
+        """
+        with full_precision(logits.device):
+            cosines = logits.float() / self.logit_scale
+            return cosines @ self.class_prototypes @ self.frame_inverse
+
+    def embeddings_from_output(self, output: Tensor) -> Tensor:
+        """(B, D) embeddings from what the model returned: themselves, or recovered from logits.
+
+        Raises:
+            ShapeError: neither (B, C) nor (B, D).
+        """
+        return output.float() if self.is_embedding(output) else self.recover_embeddings(output)
+
+    def cosines_from_output(self, output: Tensor) -> Tensor:
+        """(B, C) cosines from what the model returned, logits or embeddings.
+
+        Raises:
+            ShapeError: neither (B, C) nor (B, D).
+        """
+        if self.is_embedding(output):
+            return scaled_cosines(output, self.bank.prototypes, self.assignment, torch.ones_like(self.logit_scale))
+        return output.float() / self.logit_scale
+
+    def target_cosines_from_output(self, output: Tensor, labels: Tensor) -> Tensor:
+        """(B, 1) cosine of each sample with its own label's prototype; O(B D) from embeddings, O(B) from logits.
+
+        Args:
+            output: (B, C) logits or (B, D) embeddings.
+            labels: (B,) int64.
+        """
+        if self.is_embedding(output):
+            own_prototypes = self.bank.prototypes[self.assignment[labels]]
+            return (output.float() * own_prototypes).sum(dim=1, keepdim=True)
+        return output.gather(1, labels[:, None]).float() / self.logit_scale
+
+    def is_embedding(self, output: Tensor) -> bool:
+        """Whether a model output (B, ...) holds embeddings (B, D) rather than logits (B, C); told by its width.
+
+        Raises:
+            ShapeError: neither.
+        """
+        if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] not in (self.num_classes, self.dim):
+            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ShapeError(
+                f"expected logits of shape (B, {self.num_classes}) or embeddings of shape (B, {self.dim}), got {got}."
+            )
+        if self.num_classes == self.dim:
+            return self.training and self.training_output == "embedding"
+        return output.shape[1] == self.dim
+
+    def extra_repr(self) -> str:
+        """What `repr` shows."""
+        return (
+            f"in_features={self.in_features}, num_classes={self.num_classes}, dim={self.dim}, "
+            f"training_output={self.training_output!r}"
+        )
+
+    @torch.no_grad()
+    def _refresh_frame_inverse(self) -> None:
+        if self.frame_inverse.is_meta or self.bank.prototypes.is_meta:
+            return
+        frame = self.class_prototypes.double().cpu()
+        # Directions outside the span have eigenvalues at float32 rounding, about 1e-14; the cut lies well above.
+        inverse = torch.linalg.pinv(frame.T @ frame, rtol=1e-10, hermitian=True)
+        self.frame_inverse.copy_(inverse)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HypersphericalHead":
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        return super()._apply(keeping_dtype(fn), recurse=False)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self._check_state(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_state(self, state_dict: dict[str, Any], prefix: str) -> None:
+        prototypes = state_dict.get(prefix + "bank.prototypes")
+        if prototypes is not None and prototypes.shape != self.bank.prototypes.shape:
+            raise BankError(
+                f"the checkpoint's {prefix}bank.prototypes has shape {tuple(prototypes.shape)}, this head expects "
+                f"{tuple(self.bank.prototypes.shape)} (number of prototypes, dimension). "
+                "Convert the model with the checkpoint's dim and bank before loading."
+            )
+        assignment = state_dict.get(prefix + "assignment")
+        if assignment is not None and not assignment.is_meta:
+            check_assignment(assignment, self.num_classes, self.bank.num_prototypes)
+
+
+# A leaf to torch.fx: the buffers enter a traced graph by name, where gathering them while tracing would freeze the
+# assignment of that moment into a constant.
+@torch.fx.wrap
+def scaled_cosines(embeddings: Tensor, prototypes: Tensor, assignment: Tensor, scale: Tensor) -> Tensor:
+    """Scale * <z, w_assignment[k]> in float32: (..., D), (P, D), (C,), () -> (..., C)."""
+    if torch.jit.is_scripting():
+        return F.linear(embeddings.float(), prototypes[assignment]) * scale
+    else:
+        with full_precision(embeddings.device):
+            return F.linear(embeddings.float(), prototypes[assignment]) * scale
+
+
+def default_logit_scale(bank: PrototypeBank, num_classes: int) -> float:
+    r"""The scale at which a sample exactly on its prototype gets a probability of about 0.99.
+
+    .. math:: s = \frac{\log\left((C - 1) \, p / (1 - p)\right)}{1 - \rho}, \qquad p = 0.99
+
+    With every other cosine at rho this is the softmax solved for s. rho is the mean over prototypes of the largest
+    cosine to another (exact for a simplex; elsewhere most cosines are smaller, so that the probability is larger).
+    Overlapping prototypes would ask for any scale at all: 1 - rho counts as at least 0.05.
+
+    Args:
+        bank: the prototypes.
+        num_classes: C, at least 2.
+
+    Example:
+        >>> round(default_logit_scale(PrototypeBank(100, 99), 100), 2)
+        9.1
+    """
+    # A thousand rows tell the mean; the cost must not grow with the square of a bank of a million.
+    prototypes = bank.prototypes[:: max(1, bank.num_prototypes // 1024)]
+    rho = float(largest_cosines(prototypes).mean()) if not prototypes.is_meta else 0.0
+    odds = PLACED_PROBABILITY / (1.0 - PLACED_PROBABILITY)
+    return math.log((num_classes - 1) * odds) / max(1.0 - rho, 0.05)
+
+
+def get_heads(model: nn.Module) -> dict[str, HypersphericalHead]:
+    """Hyperspherical heads of a model by dotted name ("" if the model is a head itself); empty if it has none.
+
+    Sees through wrappers such as DistributedDataParallel and torch.compile.
+
+    Example:
+        >>> list(get_heads(nn.Sequential(nn.Flatten(), HypersphericalHead(8, 4))))
+        ['1']
+    """
+    return {name: module for name, module in model.named_modules() if isinstance(module, HypersphericalHead)}
+
+
+def require_heads(model: nn.Module) -> tuple[HypersphericalHead, ...]:
+    """The model's heads, at least one.
+
+    Raises:
+        HeadNotFoundError: there is none.
+    """
+    heads = tuple(get_heads(model).values())
+    if not heads:
+        raise HeadNotFoundError(
+            f"{type(model).__name__} has no HypersphericalHead. Call hyperproto.convert_model(model, ...) first."
+        )
+    return heads
+
+
+def _check_options(
+    in_features: int,
+    num_classes: int,
+    projection: Projection,
+    logit_scale: float | None,
+    training_output: TrainingOutput,
+) -> None:
+    if in_features < 1 or num_classes < 2:
+        raise ArgumentError(
+            f"expected in_features >= 1 and num_classes >= 2, got in_features={in_features} and "
+            f"num_classes={num_classes}."
+        )
+    for name, value, choices in (
+        ("projection", projection, get_args(Projection)),
+        ("training_output", training_output, get_args(TrainingOutput)),
+    ):
+        if value not in choices:
+            raise ArgumentError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+    if logit_scale is not None and not (math.isfinite(logit_scale) and logit_scale > 0):
+        raise ArgumentError(f"logit_scale must be finite and positive, got {logit_scale}.")
+
+
+def _after_load(head: HypersphericalHead, incompatible_keys: object) -> None:
+    head._refresh_frame_inverse()

@@ -1,0 +1,1 @@
+"""Pure solvers of the assignment step: which prototype stands for which label."""

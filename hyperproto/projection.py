@@ -1,0 +1,129 @@
+"""From the backbone's features to the D numbers whose direction is the embedding."""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hyperproto.errors import ShapeError
+from hyperproto.precision import full_precision, keeping_dtype
+
+Projection = Literal["auto", "none", "linear", "linear+bn"]
+
+
+def build_projection(projection: Projection, in_features: int, dim: int, *, seed: int) -> nn.Module:
+    """A module (..., in_features) -> (..., dim): nothing, a linear map, or that and batch norm ("auto").
+
+    The linear map has no bias, so that scaling the features changes no direction. Batch norm centres the embeddings:
+    pooled features behind a ReLU are non-negative, and prototypes point everywhere.
+    """
+    if projection == "none":
+        return nn.Identity()
+    linear = SeededLinear(in_features, dim, seed=seed)
+    return linear if projection == "linear" else nn.Sequential(linear, RowBatchNorm(dim))
+
+
+class SeededLinear(nn.Linear):
+    """Bias-free linear map that starts from a seed, not from the global generator, in float32 under autocast.
+
+    The start is that of `nn.Linear`, uniform in +-1 / sqrt(in_features).
+
+    Example:
+        >>> first, second = SeededLinear(4, 2, seed=0), SeededLinear(4, 2, seed=0)
+        >>> torch.equal(first.weight, second.weight)
+        True
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, seed: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        bound = 1.0 / math.sqrt(in_features)
+        start = torch.empty(out_features, in_features, dtype=torch.float32, device="cpu")
+        with torch.no_grad():
+            self.weight.copy_(start.uniform_(-bound, bound, generator=generator))
+
+    def reset_parameters(self) -> None:
+        """Leave the weights alone: called by `nn.Linear`, which would draw from the global generator."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return _linear(input, self.weight)
+
+
+class RowBatchNorm(nn.BatchNorm1d):
+    """Batch norm of the last dimension over all the others, in float32 whatever the model's dtype.
+
+    A batch of fewer than two rows has no variance: the running statistics serve it, as in eval mode, where
+    `nn.BatchNorm1d` raises.
+
+    Example:
+        >>> RowBatchNorm(3)(torch.ones(1, 3)).shape
+        torch.Size([1, 3])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., D) -> (..., D) float32."""
+        return _batch_norm(
+            input,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            self.num_batches_tracked,
+            self.training,
+            self.momentum,
+            self.eps,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RowBatchNorm":
+        return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
+
+
+def check_features(features: Tensor, in_features: int) -> None:
+    """Raise unless the last dimension of `features` is `in_features` wide.
+
+    Raises:
+        ShapeError: it is not.
+    """
+    if features.dim() < 2 or features.shape[-1] != in_features:
+        raise ShapeError(
+            f"HypersphericalHead expects features of shape (B, ..., {in_features}), got {tuple(features.shape)}. "
+            "For feature maps pool first, e.g. model.forward_head(x, pre_logits=True)."
+        )
+
+
+# Leaves to torch.fx: what depends on a shape or on autocast is decided when a traced graph runs.
+
+
+@torch.fx.wrap
+def _linear(features: Tensor, weight: Tensor) -> Tensor:
+    if torch.jit.is_scripting():
+        return F.linear(features.to(weight.dtype), weight)
+    else:
+        with full_precision(features.device):
+            return F.linear(features.to(weight.dtype), weight)
+
+
+@torch.fx.wrap
+def _batch_norm(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    rows = features.float().flatten(0, -2)  # (B, D)
+    of_batch = training and rows.shape[0] > 1
+    share = 0.0 if momentum is None else momentum
+    if of_batch and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+        if momentum is None:  # a plain average over batches, which torch.optim.swa_utils.update_bn asks for
+            share = 1.0 / float(num_batches_tracked)
+    return F.batch_norm(rows, running_mean, running_var, weight, bias, of_batch, share, eps).view(features.shape)
