@@ -1,0 +1,47 @@
+"""Classifiers whose last layer does not train: fixed prototypes on the unit hypersphere, dynamically assigned."""
+
+from hyperproto import functional
+from hyperproto.assigner import AssignmentStep, DynamicAssigner
+from hyperproto.bank import BankReport, PrototypeBank
+from hyperproto.calibration import fit_logit_scale
+from hyperproto.conversion.convert import convert_model, restore_model
+from hyperproto.errors import (
+    AlreadyConvertedError,
+    ArgumentError,
+    AssignmentError,
+    BankError,
+    HeadNotFoundError,
+    HyperprotoError,
+    LabelError,
+    ShapeError,
+)
+from hyperproto.functional import AssignmentSolution
+from hyperproto.head import HypersphericalHead, get_heads
+from hyperproto.losses import BalancedLoss, LongTailLoss, PrototypeCrossEntropyLoss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlreadyConvertedError",
+    "ArgumentError",
+    "AssignmentError",
+    "AssignmentSolution",
+    "AssignmentStep",
+    "BalancedLoss",
+    "BankError",
+    "BankReport",
+    "DynamicAssigner",
+    "HeadNotFoundError",
+    "HyperprotoError",
+    "HypersphericalHead",
+    "LabelError",
+    "LongTailLoss",
+    "PrototypeBank",
+    "PrototypeCrossEntropyLoss",
+    "ShapeError",
+    "convert_model",
+    "fit_logit_scale",
+    "functional",
+    "get_heads",
+    "restore_model",
+]
