@@ -1,0 +1,485 @@
+"""The assigner: class means, the assignment step, and what happens to bad input."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from hyperproto import (
+    ArgumentError,
+    AssignmentError,
+    BalancedLoss,
+    BankError,
+    DynamicAssigner,
+    HeadNotFoundError,
+    HyperprotoError,
+    HypersphericalHead,
+    LabelError,
+    PrototypeBank,
+    ShapeError,
+)
+from hyperproto.functional import solve_assignment
+from hyperproto.testing import SEEDS, check_assignment, check_optimal, heads, label_streams
+
+
+def unit_rows(num: int, dim: int, seed: int = 0) -> torch.Tensor:
+    rows = torch.randn(num, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (rows / rows.norm(dim=1, keepdim=True)).float()
+
+
+def logits_of(head: HypersphericalHead, embeddings: torch.Tensor) -> torch.Tensor:
+    return head.logit_scale * embeddings @ head.class_prototypes.T
+
+
+def published_update(means: np.ndarray, embeddings: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The update of the published code: q += 0.9 q + 0.1 x, then normalise; the last sample of a label wins."""
+    means = means.copy()
+    for x, label in zip(embeddings, labels, strict=True):
+        q = means[label] + 0.9 * means[label] + 0.1 * x
+        means[label] = q / np.linalg.norm(q)
+    return means
+
+
+# Class means
+
+
+@pytest.mark.parametrize("training_output", ["logits", "embedding"])
+def test_momentum_of_the_published_code_is_095(training_output):
+    head = HypersphericalHead(6, 10, dim=6, bank="orthoplex", projection="none", training_output=training_output)
+    assigner = DynamicAssigner(head, momentum=0.95)
+    expected = np.zeros((10, 6))
+    for seed in range(5):
+        labels = torch.randperm(10, generator=torch.Generator().manual_seed(seed))[:7]  # none twice
+        embeddings = unit_rows(7, 6, seed)
+        assigner.update(embeddings if training_output == "embedding" else logits_of(head, embeddings), labels)
+        expected = published_update(expected, embeddings.double().numpy(), labels.numpy())
+    np.testing.assert_allclose(assigner.class_means.numpy(), expected, atol=1e-5)
+
+
+@given(head=heads(), data=st.data(), seed=SEEDS)
+def test_without_momentum_means_are_plain_means(head, data, seed):
+    batches = data.draw(label_streams(head.num_classes))
+    assigner = DynamicAssigner(head, momentum=None)
+    everything = [unit_rows(len(labels), head.dim, seed + number) for number, labels in enumerate(batches)]
+    for embeddings, labels in zip(everything, batches, strict=True):
+        _update_with_embeddings(assigner, embeddings, labels)
+    sums = np.zeros((head.num_classes, head.dim))
+    for embeddings, labels in zip(everything, batches, strict=True):
+        np.add.at(sums, labels.numpy(), embeddings.double().numpy())
+    lengths = np.linalg.norm(sums, axis=1, keepdims=True)
+    expected = np.divide(sums, lengths, where=lengths > 0, out=np.zeros_like(sums))
+    tolerances = 2e-6 / np.clip(lengths, 1e-3, None)
+    assert (np.abs(assigner.class_means.numpy() - expected) <= tolerances + 1e-6).all()
+    counts = np.bincount(torch.cat([torch.empty(0, dtype=torch.int64), *batches]).numpy(), minlength=head.num_classes)
+    np.testing.assert_array_equal(assigner.class_counts.numpy(), counts)
+
+
+def _update_with_embeddings(assigner: DynamicAssigner, embeddings: torch.Tensor, labels: torch.Tensor) -> None:
+    """Feed embeddings themselves, also where C = D makes their width that of logits."""
+    if assigner.head.num_classes == assigner.head.dim:
+        assigner._update_hard(embeddings, labels) if len(labels) else None
+    else:
+        assigner.update(embeddings, labels)
+
+
+def test_plain_means_start_again_after_a_step():
+    head = HypersphericalHead(4, 8, projection="none", dim=4)
+    assigner = DynamicAssigner(head, momentum=None)
+    labels = torch.arange(8)
+    assigner.update(unit_rows(8, 4, 0), labels)
+    assigner.step()
+    second = unit_rows(8, 4, 1)
+    assigner.update(second, labels)
+    torch.testing.assert_close(assigner.class_means, second)
+    assert assigner.class_counts.tolist() == [2.0] * 8
+
+
+@pytest.mark.parametrize("momentum", [None, 0.0, 0.9])
+@pytest.mark.parametrize(
+    ("num_classes", "num_prototypes", "dim"), [(6, 6, 5), (6, 9, 10), (10, 10, 5), (20, 24, 12), (12, 12, 12)]
+)
+def test_means_from_logits_equal_means_from_embeddings(num_classes, num_prototypes, dim, momentum):
+    bank = PrototypeBank(num_prototypes, dim)
+    from_logits, from_embeddings = (
+        DynamicAssigner(
+            HypersphericalHead(dim, num_classes, bank=bank, projection="none", training_output=output),
+            momentum=momentum,
+        )
+        for output in ("logits", "embedding")
+    )
+    order = torch.randperm(num_prototypes)[:num_classes]
+    for assigner in (from_logits, from_embeddings):
+        assigner.head.assign_(order)
+    frame = from_logits.head.class_prototypes
+    for seed in range(4):
+        labels = torch.randint(num_classes, (9,))
+        inside = unit_rows(9, num_classes, seed) @ frame  # C < D: what no prototype sees is in no logit
+        embeddings = inside / inside.norm(dim=1, keepdim=True)
+        from_embeddings.update(embeddings, labels)
+        from_logits.update(logits_of(from_logits.head, embeddings), labels)
+    torch.testing.assert_close(from_logits.class_means, from_embeddings.class_means, atol=1e-5, rtol=0)
+
+
+def test_repeated_labels_count_with_their_mean():
+    assigner = DynamicAssigner(HypersphericalHead(3, 4, projection="none"), momentum=0.5)
+    x = unit_rows(4, 3)
+    assigner.update(x, torch.tensor([2, 2, 0, 2]))
+    expected = x[[0, 1, 3]].mean(dim=0)
+    torch.testing.assert_close(assigner.class_means[2], expected / expected.norm())
+    torch.testing.assert_close(assigner.class_means[0], x[2])
+    assert not assigner.class_means[[1, 3]].any()
+
+
+@given(head=heads(), data=st.data(), seed=SEEDS, momentum=st.sampled_from([None, 0.0, 0.9]))
+def test_one_hot_soft_targets_are_hard_labels(head, data, seed, momentum):
+    hard, soft = DynamicAssigner(head, momentum=momentum), DynamicAssigner(head, momentum=momentum)
+    for number, labels in enumerate(data.draw(label_streams(head.num_classes))):
+        logits = logits_of(head, unit_rows(len(labels), head.dim, seed + number))
+        hard.update(logits, labels)
+        soft.update(logits, nn.functional.one_hot(labels, head.num_classes).float())
+    # Opposite embeddings may cancel to a mean without direction: leave such means out.
+    clear = (hard.class_means - soft.class_means).abs().amax(dim=1) < 1e-3
+    torch.testing.assert_close(hard.class_means[clear], soft.class_means[clear], atol=1e-3, rtol=0)
+    assert int((~clear).sum()) <= 1
+    assert torch.equal(hard.class_counts, soft.class_counts)
+
+
+def test_soft_targets_weigh_the_sums():
+    assigner = DynamicAssigner(HypersphericalHead(3, 4, projection="none"), momentum=None)
+    x, t = unit_rows(6, 3), torch.rand(6, 4, generator=torch.Generator().manual_seed(1))
+    assigner.update(x, t)
+    expected = t.double().numpy().T @ x.double().numpy()
+    np.testing.assert_allclose(
+        assigner.class_means.numpy(), expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-6
+    )
+
+
+def test_a_sliver_of_a_soft_label_moves_its_mean_by_a_sliver():
+    assigner = DynamicAssigner(HypersphericalHead(3, 4, projection="none"), momentum=0.9)
+    first = unit_rows(4, 3)
+    assigner.update(first, torch.arange(4))
+    smoothed = torch.full((1, 4), 0.001) + torch.tensor([[0.996, 0, 0, 0]])
+    assigner.update(unit_rows(1, 3, 5), smoothed)
+    assert float((assigner.class_means[1:] - first[1:]).norm(dim=1).max()) < 1e-3
+
+
+def test_update_is_kept_out_of_autograd_and_changes_no_input():
+    head = HypersphericalHead(4, 6, dim=4, projection="none")
+    logits, labels = head(unit_rows(5, 4)).requires_grad_(), torch.tensor([0, 1, 2, 3, 3])
+    before = logits.detach().clone()
+    DynamicAssigner(head).update(logits, labels)
+    assert torch.equal(logits, before)
+    assert logits.grad is None
+
+
+def test_two_forwards_before_two_losses():
+    head = HypersphericalHead(4, 6, dim=4, projection="none")
+    together, apart = DynamicAssigner(head), DynamicAssigner(head)
+    batches = [(unit_rows(5, 4, seed), torch.randint(6, (5,))) for seed in (1, 2)]
+    outputs = [head(features) for features, _ in batches]
+    for output, (_, labels) in zip(outputs, batches, strict=True):
+        together.update(output, labels)
+    for features, labels in batches:
+        apart.update(head(features), labels)
+    assert torch.equal(together.class_means, apart.class_means)
+
+
+# The assignment step
+
+
+@given(head=heads(), data=st.data(), seed=SEEDS, momentum=st.sampled_from([None, 0.0, 0.9]))
+def test_assignment_stays_injective_and_similarity_never_falls(head, data, seed, momentum):
+    assigner = DynamicAssigner(head, momentum=momentum)
+    for number, labels in enumerate(data.draw(label_streams(head.num_classes))):
+        assigner.update(logits_of(head, unit_rows(len(labels), head.dim, seed + number)), labels)
+        before = head.assignment.clone()
+        step = assigner.step()
+        check_assignment(head)
+        assert step.similarity_after >= step.similarity_before
+        assert step.moved_labels == tuple(torch.nonzero(head.assignment != before).flatten().tolist())
+        assert step.changed == len(step.moved_labels)
+        check_optimal(head.assignment, assigner.class_means, head.bank.prototypes)
+        assert assigner.step().changed == 0  # nothing new seen, nothing to gain
+    assert len(assigner.history) == 2 * (len(assigner.history) // 2)
+
+
+@given(seed=SEEDS, num_classes=st.integers(2, 5), spare=st.integers(0, 2))
+def test_solution_equals_brute_force(seed, num_classes, spare):
+    means, prototypes = unit_rows(num_classes, 4, seed), unit_rows(num_classes + spare, 4, seed + 1)
+    solution = solve_assignment(means, prototypes)
+    check_optimal(solution.assignment, means, prototypes, tolerance=1e-9)
+    chosen = (means.double() * prototypes[solution.assignment].double()).sum()
+    assert solution.similarity == pytest.approx(float(chosen), abs=1e-6)
+    assert solution.optimal
+    assert solution.method == "dense"
+
+
+@given(head=heads(), seed=SEEDS)
+def test_relabelling_classes_permutes_means_and_assignment(head, seed):
+    order = torch.randperm(head.num_classes, generator=torch.Generator().manual_seed(seed))
+    embeddings = unit_rows(4 * head.num_classes, head.dim, seed)
+    labels = torch.arange(4 * head.num_classes) % head.num_classes
+    relabelled = copy.deepcopy(head)
+    relabelled.assign_(head.assignment[order.argsort()].clone())  # label order[k] is the old label k
+    plain, other = DynamicAssigner(head), DynamicAssigner(relabelled)
+    plain.update(logits_of(head, embeddings), labels)
+    other.update(logits_of(relabelled, embeddings), order[labels])
+    torch.testing.assert_close(other.class_means[order], plain.class_means, atol=1e-3, rtol=0)
+    after = plain.step().similarity_after
+    assert other.step().similarity_after == pytest.approx(after, abs=1e-3)
+
+
+def test_weights_decide_who_gets_a_contested_prototype():
+    means = torch.tensor([[1.0, 0.0], [1.0, 0.05]])
+    prototypes = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    assert solve_assignment(means, prototypes).assignment.tolist() == [0, 1]
+    heavy = solve_assignment(means, prototypes, weights=torch.tensor([0.01, 1.0]))
+    assert heavy.assignment.tolist() == [1, 0]
+
+
+def test_labels_never_seen_keep_their_prototype_unless_a_seen_one_needs_it():
+    head = HypersphericalHead(4, 8, dim=4, bank="orthoplex", projection="none")
+    head.assign_(torch.tensor([3, 1, 4, 0, 5, 2, 7, 6]))
+    assigner = DynamicAssigner(head)
+    wanted = head.bank.prototypes[[1]]  # label 0 wants what label 1, never seen, has
+    assigner.update(wanted, torch.tensor([0]))
+    step = assigner.step()
+    assert head.assignment.tolist() == [1, 3, 4, 0, 5, 2, 7, 6]
+    assert step.moved_labels == (0, 1)
+    assert step.unseen == tuple(range(1, 8))
+
+
+def test_nothing_seen_moves_nothing():
+    head = HypersphericalHead(4, 8, dim=4, projection="none")
+    head.assign_(torch.tensor([3, 1, 4, 0, 5, 2, 7, 6]))
+    step = DynamicAssigner(head).step()
+    assert (step.changed, step.unseen) == (0, tuple(range(8)))
+    assert head.assignment.tolist() == [3, 1, 4, 0, 5, 2, 7, 6]
+
+
+def test_ties_move_nothing():
+    prototypes = torch.eye(4)
+    means = torch.ones(4, 4)
+    current = torch.tensor([2, 0, 3, 1])
+    assert torch.equal(solve_assignment(means, prototypes, current=current).assignment, current)
+
+
+def test_a_simplex_says_that_no_step_changes_the_geometry():
+    simplex = HypersphericalHead(8, 5, projection="none")
+    assert DynamicAssigner(simplex).step().equiangular
+    assert "simplex" in str(DynamicAssigner(simplex).step())
+    assert not DynamicAssigner(HypersphericalHead(4, 8, projection="none")).step().equiangular
+    spare = HypersphericalHead(8, 5, bank=PrototypeBank(9, 8), projection="none")
+    assert DynamicAssigner(spare).step().equiangular
+
+
+def test_freezing():
+    head = HypersphericalHead(4, 8, dim=4, projection="none")
+    assigner = DynamicAssigner(head)
+    assigner.update(unit_rows(8, 4), torch.arange(8))
+    assigner.freeze()
+    assert (assigner.step().changed, assigner.step().solver) == (0, "frozen")
+    restored = DynamicAssigner(head)
+    restored.load_state_dict(assigner.state_dict())
+    assert restored.step().solver == "frozen"
+    assigner.unfreeze()
+    assert assigner.step().changed > 0
+    assert [step.solver for step in assigner.history] == ["frozen", "frozen", "dense"]
+
+
+def test_several_heads_of_one_model_share_the_assignment():
+    bank = PrototypeBank(8, 4)
+    model = nn.ModuleList(HypersphericalHead(width, 8, bank=bank) for width in (6, 10))
+    assigner = DynamicAssigner(model)
+    assigner.update(unit_rows(8, 4), torch.arange(8))
+    assigner.step()
+    assert torch.equal(model[0].assignment, model[1].assignment)
+    model[0].assign_(torch.arange(8))
+    with pytest.raises(BankError, match="one bank and one assignment"):
+        DynamicAssigner(model)
+
+
+# Life
+
+
+def test_state_dict_resumes_exactly():
+    head = HypersphericalHead(4, 8, dim=4, projection="none")
+    batches = [(unit_rows(6, 4, seed), torch.randint(8, (6,))) for seed in range(6)]
+    for momentum in (0.9, None):
+        undisturbed = DynamicAssigner(copy.deepcopy(head), momentum=momentum)
+        first = DynamicAssigner(copy.deepcopy(head), momentum=momentum)
+        for batch in batches[:3]:
+            undisturbed.update(*batch)
+            first.update(*batch)
+        resumed = DynamicAssigner(copy.deepcopy(head), momentum=momentum)
+        resumed.head.load_state_dict(first.head.state_dict())
+        resumed.load_state_dict(first.state_dict())
+        for batch in batches[3:]:
+            undisturbed.update(*batch)
+            resumed.update(*batch)
+        assert undisturbed.step().moved_labels == resumed.step().moved_labels
+        for name, value in undisturbed.state_dict().items():
+            assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_a_checkpoint_of_other_shape_is_refused():
+    small, large = (DynamicAssigner(HypersphericalHead(4, num, projection="none")) for num in (6, 8))
+    with pytest.raises(ShapeError, match=r"\(6, 4\).*\(8, 4\)"):
+        large.load_state_dict(small.state_dict())
+
+
+def test_copying_a_model_with_its_assigner_keeps_them_together():
+    head = HypersphericalHead(4, 8, dim=4, projection="none")
+    twin_head, twin = copy.deepcopy((head, DynamicAssigner(head)))
+    assert twin.head is twin_head
+    head_again, assigner_again = pickle.loads(pickle.dumps((twin_head, twin)))
+    assert assigner_again.head is head_again
+
+
+def test_the_assigner_does_not_hold_the_model():
+    head = HypersphericalHead(8, 6, dim=4)
+    assigner = DynamicAssigner(head)
+    assert not list(assigner.parameters())
+    assert set(assigner.state_dict()) == {"class_means", "class_counts", "pending_counts", "frozen"}
+    assert not list(BalancedLoss(assigner).parameters())
+
+
+def test_half_precision_moves_leave_the_means_alone():
+    assigner = DynamicAssigner(HypersphericalHead(4, 6, projection="none"))
+    assigner.half()
+    assert assigner.class_means.dtype == torch.float32
+    assigner.update(unit_rows(6, 4).half(), torch.arange(6))
+    assert torch.isfinite(assigner.class_means).all()
+
+
+def test_autocast_leaves_the_means_alone():
+    head = HypersphericalHead(16, 20, projection="none")
+    inside, outside = DynamicAssigner(head), DynamicAssigner(head)
+    logits, labels = head(unit_rows(30, 16)), torch.randint(20, (30,))
+    outside.update(logits, labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside.update(logits, labels)
+    assert torch.equal(inside.class_means, outside.class_means)
+
+
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_update_compiles_as_one_graph(momentum):
+    head = HypersphericalHead(4, 6, dim=4, projection="none")
+    eager, compiled = DynamicAssigner(head, momentum=momentum), DynamicAssigner(head, momentum=momentum)
+    torch.compiler.reset()
+    update = torch.compile(compiled.update, fullgraph=True, backend="aot_eager")
+    for seed in range(3):
+        logits, labels = head(unit_rows(7, 4, seed)), torch.randint(6, (7,))
+        eager.update(logits, labels)
+        update(logits, labels)
+    torch.testing.assert_close(compiled.class_means, eager.class_means)
+
+
+def test_batches_of_one_sample_of_one_class_and_of_none():
+    assigner = DynamicAssigner(HypersphericalHead(4, 6, projection="none"))
+    assigner.update(unit_rows(1, 4), torch.tensor([3]))
+    assigner.update(unit_rows(5, 4), torch.full((5,), 2))
+    before = assigner.class_means.clone()
+    assigner.update(unit_rows(0, 4), torch.empty(0, dtype=torch.int64))
+    assert torch.equal(assigner.class_means, before)
+    assert assigner.class_counts.tolist() == [0, 0, 5, 1, 0, 0]
+
+
+def test_zero_embeddings_say_nothing():
+    assigner = DynamicAssigner(HypersphericalHead(4, 6, projection="none"))
+    assigner.update(torch.zeros(2, 6), torch.tensor([1, 1]))
+    assert not assigner.class_means.any()
+    assert assigner.step().changed == 0
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("output", "target", "error", "words"),
+    [
+        (torch.zeros(3, 6), torch.tensor([0, 6, 1]), LabelError, r"\[0, 5\].*from 0 to 6"),
+        (torch.zeros(3, 6), torch.tensor([0, -1, 1]), LabelError, "from -1 to 1"),
+        (torch.zeros(3, 6), torch.tensor([0, 1, 1], dtype=torch.int32), LabelError, r"target\.long"),
+        (torch.zeros(3, 6), torch.tensor([0.0, 1.0, 1.0]), LabelError, "int64"),
+        (torch.zeros(3, 6), torch.zeros(3, 5), LabelError, r"\(B, 6\)"),
+        (torch.zeros(3, 6), torch.zeros(3, 6, dtype=torch.int64), LabelError, "floating"),
+        (torch.zeros(3, 6), torch.tensor([0, 1]), ShapeError, "3 samples"),
+        (torch.zeros(3, 7), torch.tensor([0, 1, 1]), ShapeError, r"\(B, 6\).*\(B, 4\)"),
+        (torch.zeros(3), torch.tensor([0, 1, 1]), ShapeError, r"\(3,\)"),
+        ((torch.zeros(3, 6), torch.zeros(3, 6)), torch.tensor([0, 1, 1]), ShapeError, "tuple"),
+    ],
+)
+def test_bad_batches_are_refused_and_change_nothing(output, target, error, words):
+    assigner = DynamicAssigner(HypersphericalHead(4, 6, projection="none"))
+    assigner.update(unit_rows(6, 4), torch.arange(6))
+    before = copy.deepcopy(assigner.state_dict())
+    criterion = BalancedLoss(assigner)
+    for call in (assigner.update, criterion):
+        with pytest.raises(error, match=words):
+            call(output, target)
+    for name, value in assigner.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_non_finite_features_are_named_at_step_and_the_old_assignment_stays(momentum):
+    head = HypersphericalHead(4, 6, dim=4, projection="none")
+    assigner = DynamicAssigner(head, momentum=momentum)
+    assigner.update(unit_rows(6, 4), torch.arange(6))
+    features = unit_rows(3, 4)
+    features[1] = float("nan")
+    features[2, 0] = float("inf")
+    assigner.update(head(features), torch.tensor([0, 3, 5]))
+    before, means = head.assignment.clone(), assigner.class_means.clone()
+    with pytest.raises(AssignmentError, match=r"2 labels are not finite: \[3, 5\]"):
+        assigner.step()
+    assert torch.equal(head.assignment, before)
+    assert torch.equal(assigner.class_means, means) or torch.isnan(means).any()
+    assert not assigner.history
+    # What the message advises works.
+    assigner.class_means[[3, 5]] = 0
+    assert assigner.step().unseen == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "words"),
+    [
+        ({"prototypes": torch.randn(2, 4)}, AssignmentError, "at least as many"),
+        ({"prototypes": torch.randn(6, 3)}, ShapeError, r"\(5, 4\) and \(6, 3\)"),
+        ({"prototypes": torch.full((6, 4), float("nan"))}, AssignmentError, "prototypes must be finite; rows"),
+        ({"class_means": torch.full((5, 4), float("inf"))}, AssignmentError, "class means must be finite"),
+        ({"current": torch.tensor([0, 1, 2, 3, 3])}, AssignmentError, "more than once"),
+        ({"current": torch.tensor([0, 1, 2, 3, 9])}, AssignmentError, "from 0 to 9"),
+        ({"weights": torch.ones(4)}, ShapeError, r"\(5,\)"),
+        ({"weights": -torch.ones(5)}, ArgumentError, "not negative"),
+        ({"method": "greedy"}, ArgumentError, "greedy"),
+    ],
+)
+def test_bad_problems_are_refused(kwargs, error, words):
+    problem = {"class_means": torch.randn(5, 4), "prototypes": torch.randn(6, 4)} | kwargs
+    with pytest.raises(error, match=words):
+        solve_assignment(problem.pop("class_means"), problem.pop("prototypes"), **problem)
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.0, 2.0])
+def test_momentum_out_of_range_is_refused(momentum):
+    with pytest.raises(ArgumentError, match="weight of the old mean"):
+        DynamicAssigner(HypersphericalHead(4, 6), momentum=momentum)
+
+
+def test_a_source_without_a_head_is_refused():
+    for user in (DynamicAssigner, BalancedLoss):
+        with pytest.raises(HeadNotFoundError, match="convert_model"):
+            user(nn.Linear(4, 4))
+
+
+def test_all_errors_are_ours_and_value_errors():
+    for error in (ArgumentError, AssignmentError, BankError, HeadNotFoundError, LabelError, ShapeError):
+        assert issubclass(error, HyperprotoError)
+        assert issubclass(error, ValueError)

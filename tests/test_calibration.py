@@ -1,0 +1,79 @@
+"""The fitted scale."""
+
+import math
+
+import pytest
+import torch
+from scipy.optimize import brentq
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from hyperproto import ArgumentError, HeadNotFoundError, HypersphericalHead, LabelError, fit_logit_scale
+
+
+def make_model() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), HypersphericalHead(8, 4, dim=3))
+
+
+def loader(model: nn.Module, noise: float = 1.0) -> DataLoader:
+    features = torch.randn(400, 6)
+    labels = (model.eval()(features) + noise * torch.randn(400, 4)).argmax(dim=1)
+    model.train()
+    return DataLoader(TensorDataset(features, labels), batch_size=64)
+
+
+def test_the_gradient_of_the_likelihood_vanishes_at_the_fitted_scale():
+    model = make_model()
+    data = loader(model)
+    scale = fit_logit_scale(model, data)
+    head = model[2]
+    model.eval()
+    cosines = torch.cat([model(x) for x, _ in data]).double() / scale
+    labels = torch.cat([y for _, y in data])
+    own = cosines.gather(1, labels[:, None]).mean()
+
+    def slope(s: float) -> float:  # d NLL / ds = E[cos under the softmax] - E[own cos]
+        return float((((s * cosines).softmax(dim=1) * cosines).sum(dim=1).mean() - own).item())
+
+    assert float(head.logit_scale) == pytest.approx(brentq(slope, 1e-2, 1e4), rel=1e-3)
+
+
+def test_only_the_scale_changes():
+    model = make_model()
+    data = loader(model)
+    model[0].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    predictions = model.eval()(data.dataset.tensors[0]).argmax(dim=1)
+    for module, training in zip(model.modules(), modes, strict=True):
+        module.training = training
+    fit_logit_scale(model, data)
+    assert [module.training for module in model.modules()] == modes
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"2.logit_scale"}
+    assert torch.equal(model.eval()(data.dataset.tensors[0]).argmax(dim=1), predictions)
+
+
+def test_always_right_gives_the_largest_scale_and_soft_targets_work():
+    model = make_model()
+    features = torch.randn(50, 6)
+    labels = model.eval()(features).argmax(dim=1)
+    sure = fit_logit_scale(model, [(features, labels)])
+    soft = fit_logit_scale(model, [(features, nn.functional.one_hot(labels, 4).float() * 0.7 + 0.075)])
+    assert 1 < soft < sure
+    assert math.isfinite(sure)
+
+
+def test_bad_input_leaves_the_old_scale():
+    model = make_model()
+    before = float(model[2].logit_scale)
+    with pytest.raises(ArgumentError, match="no samples"):
+        fit_logit_scale(model, [])
+    with pytest.raises(LabelError, match="from 0 to 4"):
+        fit_logit_scale(model, [(torch.randn(2, 6), torch.tensor([0, 4]))])
+    with pytest.raises(ArgumentError, match="NaN"):
+        fit_logit_scale(model, [(torch.full((2, 6), float("nan")), torch.tensor([0, 1]))])
+    assert float(model[2].logit_scale) == before
+    assert all(module.training for module in model.modules())
+    with pytest.raises(HeadNotFoundError):
+        fit_logit_scale(nn.Linear(2, 2), [])

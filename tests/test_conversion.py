@@ -1,0 +1,222 @@
+"""Models in and out: the classifier replaced in place, and put back bit for bit."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from hyperproto import (
+    AlreadyConvertedError,
+    BalancedLoss,
+    BankError,
+    DynamicAssigner,
+    HeadNotFoundError,
+    HypersphericalHead,
+    PrototypeBank,
+    convert_model,
+    get_heads,
+    restore_model,
+)
+
+#: One model of each way in which timm names a plain nn.Linear classifier, as small as there is.
+TIMM_MODELS = [
+    "test_resnet",  # fc
+    "test_vit",  # head
+    "test_efficientnet",  # classifier
+    "test_convnext",  # head.fc
+    "inception_next_atto",  # head.fc2
+]
+
+
+def make(name: str, num_classes: int = 10) -> nn.Module:
+    return timm.create_model(name, num_classes=num_classes)
+
+
+def image(model: nn.Module, num: int = 2) -> torch.Tensor:
+    return torch.randn(num, *model.pretrained_cfg["input_size"])
+
+
+@pytest.mark.parametrize("name", TIMM_MODELS)
+def test_timm_models_convert_train_and_come_back(name):
+    model = make(name).eval()
+    images = image(model)
+    state, before = copy.deepcopy(model.state_dict()), model(images)
+
+    assert convert_model(model, dim=5) is model
+    [(path, head)] = get_heads(model).items()
+    assert model.get_classifier() is head
+    assert not head.training
+    assert model(images).shape == (2, 10)
+    for key, value in model.state_dict().items():
+        assert path in key or torch.equal(value, state[key])
+
+    model.train()
+    assigner = DynamicAssigner(model)
+    loss = BalancedLoss(assigner)(model(images), torch.tensor([0, 1]))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert head.projection[0].weight.grad is not None
+    assert assigner.step().unseen == tuple(range(2, 10))
+
+    model.eval()
+    model.load_state_dict(state, strict=False)  # batch norm has seen a batch
+    assert restore_model(model) is model
+    assert model.state_dict().keys() == state.keys()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key])
+    assert torch.equal(model(images), before)
+    assert not get_heads(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("resnet18", "fc"),
+        ("mobilenet_v3_small", "classifier.3"),
+        ("squeezenet1_1", None),
+        ("vit_b_16", "heads.head"),
+        ("swin_t", "head"),
+        ("convnext_tiny", "classifier.2"),
+        ("densenet121", "classifier"),
+        ("efficientnet_b0", "classifier.1"),
+        ("alexnet", "classifier.6"),
+    ],
+)
+def test_torchvision_models_convert(name, path):
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name, num_classes=10)
+    if path is None:
+        with pytest.raises(HeadNotFoundError, match="Conv2d"):
+            convert_model(model, dim=5)
+        return
+    convert_model(model, dim=5)
+    assert list(get_heads(model)) == [path]
+    assert model.eval()(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 10)
+    restore_model(model)
+    assert isinstance(model.get_submodule(path), nn.Linear)
+
+
+def test_every_torchvision_class_is_where_the_table_says():
+    from hyperproto.conversion.locate import TORCHVISION_CLASSIFIERS
+
+    seen = {}
+    for name in torchvision.models.list_models(module=torchvision.models):
+        builder = torchvision.models.get_model_builder(name)
+        if builder.__module__ in {kind.__module__ for kind in seen.values()}:
+            continue  # one of each file will do
+        extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        with torch.device("cpu" if "regnet" in name else "meta"):  # regnet computes its widths with tensors
+            model = torchvision.models.get_model(name, num_classes=7, **extra)
+        seen[name] = type(model)
+        leaf = model.get_submodule(TORCHVISION_CLASSIFIERS[type(model).__name__])
+        assert 7 in (getattr(leaf, "out_features", None), getattr(leaf, "out_channels", None)), name
+    assert {kind.__name__ for kind in seen.values()} <= set(TORCHVISION_CLASSIFIERS)
+    assert len(seen) >= 15
+
+
+def test_num_classes_can_change_and_comes_back():
+    model = make("test_convnext", num_classes=10)
+    convert_model(model, dim=5, num_classes=7)
+    assert model.num_classes == 7
+    assert model.head.num_classes == 7 if hasattr(model.head, "num_classes") else True
+    assert model.eval()(image(model)).shape == (2, 7)
+    assert restore_model(model).num_classes == 10
+
+
+def test_any_module_with_the_name_given():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4))
+    last = model[3]
+    convert_model(model, dim=3, classifier="3")
+    assert isinstance(model[3], HypersphericalHead)
+    assert restore_model(model)[3] is last
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_device_and_dtype_are_kept(dtype):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).to(dtype)
+    convert_model(model, dim=3, classifier="1")
+    assert {parameter.dtype for parameter in model[1].projection[0].parameters()} == {dtype}
+    assert model[1].bank.prototypes.dtype == torch.float32
+    assert model(torch.randn(2, 12, dtype=dtype)).shape == (2, 4)
+    model = convert_model(make("test_resnet").to("meta"), dim=5)
+    assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+
+
+def test_a_shared_bank_and_seeds():
+    bank = PrototypeBank(12, 5)
+    first = convert_model(make("test_resnet"), dim=5, bank=bank)
+    assert next(iter(get_heads(first).values())).bank is bank
+    state = torch.get_rng_state()
+    first, second = (convert_model(nn.Sequential(nn.Linear(4, 9)), classifier="0", seed=3) for _ in range(2))
+    del state
+    assert all(torch.equal(a, b) for a, b in zip(first[0].buffers(), second[0].buffers(), strict=True))
+    assert torch.equal(first[0].projection[0].weight, second[0].projection[0].weight)
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_of_converted_models_can_be_restored(copier):
+    model = convert_model(make("test_resnet"), dim=5).eval()
+    twin = copier(model)
+    images = image(model)
+    assert torch.equal(twin(images), model(images))
+    restore_model(twin)
+    assert not get_heads(twin)
+    assert get_heads(model)
+
+
+def test_embedding_output():
+    model = convert_model(make("test_resnet"), dim=5, training_output="embedding")
+    assert model.train()(image(model)).shape == (2, 5)
+    assert model.eval()(image(model)).shape == (2, 10)
+
+
+# Bad input: a clear error, and the model as it was
+
+
+@pytest.mark.parametrize(
+    ("build", "kwargs", "words"),
+    [
+        (lambda: nn.Sequential(nn.Linear(4, 2)), {}, "dotted.name"),
+        (lambda: nn.Sequential(nn.Linear(4, 2)), {"classifier": "1"}, "no module named '1'"),
+        (lambda: nn.Sequential(nn.ReLU()), {"classifier": "0"}, "is a ReLU"),
+        (lambda: make("test_resnet", 0), {}, "num_classes=K"),
+        (lambda: timm.create_model("resnet18", features_only=True), {}, "features|FeatureListNet"),
+        (lambda: make("resnetv2_18"), {}, "Conv2d"),
+        (lambda: make("deit_tiny_distilled_patch16_224"), {}, "2 classifiers.*head, head_dist"),
+        (lambda: make("crossvit_tiny_240"), {}, "2 classifiers"),
+        (lambda: make("volo_d1_224"), {}, "2 classifiers.*aux_head"),
+        (lambda: make("levit_128s"), {}, "wrapped in a NormLinear"),
+        (lambda: make("efficientvit_m0"), {}, "wrapped in a NormLinear"),
+        (lambda: make("caformer_s18"), {}, "wrapped in a MlpHead"),
+    ],
+)
+def test_models_without_one_plain_linear_classifier_are_refused(build, kwargs, words):
+    with torch.device("meta"):
+        model = build()
+    before = list(model.named_modules())
+    with pytest.raises(HeadNotFoundError, match=words):
+        convert_model(model, **({"dim": 5} | kwargs))
+    assert list(model.named_modules()) == before
+
+
+def test_converting_twice_is_refused():
+    model = convert_model(make("test_resnet"), dim=5)
+    head = model.fc
+    with pytest.raises(AlreadyConvertedError, match="restore_model"):
+        convert_model(model, dim=5)
+    assert model.fc is head
+
+
+def test_a_bank_that_does_not_fit_leaves_the_model():
+    model = make("test_resnet")
+    linear = model.fc
+    for bank in (PrototypeBank(9, 5), PrototypeBank(10, 6)):
+        with pytest.raises(BankError):
+            convert_model(model, dim=5, bank=bank)
+    assert model.fc is linear
+    with pytest.raises(HeadNotFoundError, match="nothing to restore"):
+        restore_model(model)
