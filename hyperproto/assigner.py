@@ -100,9 +100,7 @@ class DynamicAssigner(nn.Module):
     class_sums: Tensor | None
     frozen: Tensor
 
-    def __init__(
-        self, source: nn.Module, *, momentum: float | None = 0.9, solver: AssignmentMethod = "auto"
-    ) -> None:
+    def __init__(self, source: nn.Module, *, momentum: float | None = 0.9, solver: AssignmentMethod = "auto") -> None:
         super().__init__()
         if momentum is not None and not 0.0 <= momentum < 1.0:
             raise ArgumentError(f"momentum is the weight of the old mean and must lie in [0, 1), got {momentum}.")
@@ -154,13 +152,13 @@ class DynamicAssigner(nn.Module):
         Raises:
             ShapeError, LabelError: output or target do not fit; nothing has changed then.
         """
-        embedding_width = self.head.is_embedding(output)  # also checks the shape
+        self.head.is_embedding(output)  # raises on any other shape
         check_target(target, len(output), self.head.num_classes)
         if len(output) == 0:
             return
         self._follow_device(output.device)
         with full_precision(output.device):
-            embeddings = output.float() if embedding_width else self.head.recover_embeddings(output)
+            embeddings = self.head.embeddings_from_output(output)
             if target.dim() == 1:
                 self._update_hard(embeddings, target)
             else:

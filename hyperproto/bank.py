@@ -1,7 +1,5 @@
 """The bank: fixed unit prototypes, where they come from and how good they are."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,6 +75,7 @@ class PrototypeBank(nn.Module):
         Saadabadi et al., CVPR 2024, section 3.2; each construction names its own.
     """
 
+    # Annotations are objects in this file (no `from __future__ import annotations`): TorchScript reads them.
     prototypes: Tensor
     method: str
 
@@ -106,7 +105,7 @@ class PrototypeBank(nn.Module):
         self.method = method
 
     @classmethod
-    def from_tensor(cls, prototypes: Tensor) -> PrototypeBank:
+    def from_tensor(cls, prototypes: Tensor) -> "PrototypeBank":
         """A bank of rows given: normalised copies, on the same device; `method` is "given".
 
         Args:
@@ -176,7 +175,7 @@ class PrototypeBank(nn.Module):
         """What `print` shows of the bank."""
         return f"num_prototypes={self.num_prototypes}, dim={self.dim}, method={self.method!r}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrototypeBank:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PrototypeBank":
         return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
 
 

@@ -45,9 +45,15 @@ def normalise(x: Tensor) -> Tensor:
     """
     x = x.float()
     largest = x.detach().abs().amax(dim=-1, keepdim=True)
-    scaled = x / torch.where(largest < SMALLEST_LENGTH, torch.ones_like(largest), largest)
+    scaled = x / _one_for_zero(largest)
     # The largest entry is 1 now, or the row is zero: a floor between 0 and 1 changes nothing else.
     return scaled / scaled.square().sum(dim=-1, keepdim=True).clamp_min(0.25).sqrt()
+
+
+# The constant comes in as a default: TorchScript reads no globals.
+def _one_for_zero(lengths: Tensor, smallest: float = SMALLEST_LENGTH) -> Tensor:
+    """Lengths, and 1 in the place of those that count as zero."""
+    return torch.where(lengths < smallest, torch.ones_like(lengths), lengths)
 
 
 def hyperspherical_energy(weight: Tensor, *, power: float, half_space: bool = False) -> Tensor:

@@ -125,9 +125,7 @@ class LongTailLoss(PrototypeLoss):
 
     squared_lengths: Tensor | None
 
-    def __init__(
-        self, source: nn.Module, *, class_counts: Tensor | None = None, reduction: Reduction = "mean"
-    ) -> None:
+    def __init__(self, source: nn.Module, *, class_counts: Tensor | None = None, reduction: Reduction = "mean") -> None:
         super().__init__(source, reduction=reduction)
         lengths = None if class_counts is None else squared_class_lengths(class_counts, self.head.num_classes)
         self.register_buffer("squared_lengths", lengths, persistent=False)

@@ -54,9 +54,7 @@ def embeddings(draw: st.DrawFn, dim: int, *, min_size: int = 0, max_size: int = 
 
 
 @st.composite
-def label_streams(
-    draw: st.DrawFn, num_classes: int, *, max_batches: int = 5, max_batch_size: int = 8
-) -> list[Tensor]:
+def label_streams(draw: st.DrawFn, num_classes: int, *, max_batches: int = 5, max_batch_size: int = 8) -> list[Tensor]:
     """Lists of label batches (B,) int64 of differing sizes, empty ones and single samples among them."""
     labels = st.integers(0, num_classes - 1)
     batches = draw(st.lists(st.lists(labels, max_size=max_batch_size), max_size=max_batches))
