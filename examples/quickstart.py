@@ -2,18 +2,20 @@
 
     pip install -e ".[examples]" && python examples/quickstart.py
 
-Trains a small timm model on scikit-learn's digits (1797 real 8 x 8 images, shipped with the package) twice: with its own
-linear classifier, and with the classifier replaced by ten fixed prototypes in five dimensions. Prints a table and
+Trains a small timm model on scikit-learn's digits (1797 real 8 x 8 images, shipped with the package) twice: with its
+own linear classifier, and with the classifier replaced by ten fixed prototypes in five dimensions. Prints a table and
 writes a picture. Under two minutes on two CPU cores; `--short` is a smoke test of a few seconds.
 """
 
 import argparse
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import timm
 import torch
+from matplotlib.ticker import MaxNLocator
 from scipy.optimize import minimize_scalar
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -123,6 +125,7 @@ def draw(assignments: list[Tensor], similarity: Tensor, path: Path) -> None:
         left.plot(path_of_label, color=f"C{label}", label=f"digit {label}", marker=".", markersize=4)
     left.set(title="which prototype stands for which digit", xlabel="epoch", ylabel="prototype")
     left.set_yticks(range(NUM_CLASSES))
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.legend(fontsize=7, ncols=1, loc="center left", bbox_to_anchor=(1.0, 0.5))
     picture = right.imshow(similarity, cmap="RdBu_r", vmin=-1, vmax=1)
     right.set(title="cosine of class means with prototypes (test)", xlabel="prototype of digit", ylabel="mean of digit")
@@ -150,16 +153,15 @@ def main() -> None:
     model, assignments = train_hyperproto(train, epochs)
     hyperproto.fit_logit_scale(model, validation)  # the temperature of the probabilities, on held-out images
 
-    moved = [int((after != before).sum()) for before, after in zip(assignments, assignments[1:], strict=False)]
-    print(
-        f"\n{'classifier':<12} {'dimension':>9} {'test accuracy':>14} {'calibration error':>18}   labels moved per epoch"
-    )
+    moved = [int((after != before).sum()) for before, after in pairwise(assignments)]
+    row = "{:<12} {:>9} {:>14} {:>18}   {}"
+    print("\n" + row.format("classifier", "dimension", "test accuracy", "calibration error", "labels moved per epoch"))
     for name, dimension, trained, scale, extra in (
         ("softmax", softmax.num_features, softmax, fit_temperature(softmax, validation), "-"),
         ("hyperproto", DIM, model, 1.0, " ".join(map(str, moved))),
     ):
         accuracy, error = evaluate(trained, test, scale)
-        print(f"{name:<12} {dimension:>9} {accuracy:>12.1f} % {error:>16.1f} %   {extra}")
+        print(row.format(name, dimension, f"{accuracy:.1f} %", f"{error:.1f} %", extra))
     draw(assignments, class_mean_similarity(model, test), arguments.picture)
     print(f"\npicture: {arguments.picture}")
 

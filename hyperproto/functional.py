@@ -141,7 +141,9 @@ def prototype_cross_entropy(
 def pull_loss(
     selected: Tensor, target: Tensor, weights: Tensor | None = None, *, reduction: Reduction = "mean"
 ) -> Tensor:
-    r"""What the pull losses share: :math:`\ell_b = \sum_k t_{bk} \, a_{bk} (1 - \cos_{bk})^2` over the selected cosines.
+    r"""What the pull losses share.
+
+    .. math:: \ell_b = \sum_k t_{bk} \, a_{bk} (1 - \cos_{bk})^2
 
     Args:
         selected: (B, 1) cosine with the own label's prototype, or (B, C) all cosines for soft targets.
