@@ -119,18 +119,49 @@ def largest_cosines(prototypes: Tensor) -> Tensor:
         >>> largest_cosines(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, -1.0]]))
         tensor([0.6000, 0.6000, 0.0000])
     """
-    # Apple's GPUs have no float64.
-    dtype = torch.float32 if prototypes.device.type == "mps" else torch.float64
-    largest = torch.full((len(prototypes),), -torch.inf, dtype=dtype, device=prototypes.device)
+    largest = torch.full((len(prototypes),), -torch.inf, dtype=_summing_dtype(prototypes), device=prototypes.device)
     blocks, results = torch.split(prototypes, BLOCK_ROWS), torch.split(largest, BLOCK_ROWS)
     for i, rows in enumerate(blocks):
         for j in range(i, len(blocks)):
-            cosines = rows.to(dtype) @ blocks[j].to(dtype).T
+            cosines = rows.to(largest.dtype) @ blocks[j].to(largest.dtype).T
             if i == j:
                 cosines.fill_diagonal_(-torch.inf)
             results[i].copy_(torch.maximum(results[i], cosines.amax(dim=1)))
             results[j].copy_(torch.maximum(results[j], cosines.amax(dim=0)))
     return largest.float()
+
+
+@torch.no_grad()
+def sampled_largest_cosines(prototypes: Tensor, num_rows: int) -> Tensor:
+    """The largest cosine to another row, of rows at even distances; time grows with num_rows P D.
+
+    Args:
+        prototypes: (P, D) unit rows, P >= 2.
+        num_rows: how many rows; all of them if there are fewer.
+
+    Returns:
+        (min(num_rows, P),) float32.
+
+    Example:
+        >>> sampled_largest_cosines(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, -1.0]]), 1)
+        tensor([0.6000])
+    """
+    num_rows = min(num_rows, len(prototypes))
+    chosen = torch.arange(num_rows, device=prototypes.device) * len(prototypes) // num_rows
+    rows = prototypes[chosen].to(_summing_dtype(prototypes))
+    largest = rows.new_full((num_rows,), -torch.inf)
+    for start in range(0, len(prototypes), BLOCK_ROWS):
+        cosines = rows @ prototypes[start : start + BLOCK_ROWS].to(rows.dtype).T  # (rows, block)
+        places = chosen - start
+        own = torch.nonzero((places >= 0) & (places < cosines.shape[1])).flatten()
+        cosines[own, places[own]] = -torch.inf
+        largest = torch.maximum(largest, cosines.amax(dim=1))
+    return largest.float()
+
+
+def _summing_dtype(tensor: Tensor) -> torch.dtype:
+    # Apple's GPUs have no float64.
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def cosine_lower_bound(num_points: int, dim: int) -> tuple[float, str]:

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,15 +13,22 @@ from torch import Tensor
 
 from hyperproto import BankError
 from hyperproto.constructions import CONSTRUCTIONS, MOST_OPTIMISED_PROTOTYPES, choose_method
-from hyperproto.constructions._optimise import minimise, progress_bar
+from hyperproto.constructions._optimise import Objective, minimise, progress_bar
+from hyperproto.constructions._rotation import random_frame
 from hyperproto.constructions.energy import energy_points, riesz_energy
 from hyperproto.constructions.hpn import smooth_row_maxima
 from hyperproto.constructions.separated import separated_points, smooth_maximum
 
 #: A size that each method serves.
-SIZES = {name: {"simplex": (7, 6), "orthoplex": (10, 6)}.get(name, (20, 5)) for name in CONSTRUCTIONS}
-#: From D + 1 points on spread evenly, all objectives agree on the simplex.
+SPECIAL_SIZES = {"simplex": (7, 6), "orthoplex": (10, 6), "code": (50, 32)}
+SIZES = {name: SPECIAL_SIZES.get(name, (20, 5)) for name in CONSTRUCTIONS}
 OPTIMISED = ("separated", "uniform", "energy", "hpn")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_seeded: None) -> None:
+    # Matrices this small gain nothing from a second thread, and lose much where another process wants the core.
+    torch.set_num_threads(1)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -104,15 +112,29 @@ def test_two_points_in_the_plane(method):
 
 @pytest.mark.parametrize(
     ("num", "dim", "expected"),
-    [(2, 2, "simplex"), (5, 4, "simplex"), (6, 4, "orthoplex"), (8, 4, "orthoplex"), (9, 4, "separated")]
-    + [(MOST_OPTIMISED_PROTOTYPES, 8, "separated"), (MOST_OPTIMISED_PROTOTYPES + 1, 8, "random")]
-    + [(10_000, 9_999, "simplex")],
+    [
+        (2, 2, "simplex"),
+        (5, 4, "simplex"),
+        (6, 4, "orthoplex"),
+        (8, 4, "orthoplex"),
+        (9, 4, "separated"),
+        (MOST_OPTIMISED_PROTOTYPES, 8, "separated"),
+        (MOST_OPTIMISED_PROTOTYPES + 1, 8, "random"),
+        (10_000, 9_999, "simplex"),
+    ],
 )
 def test_auto(num, dim, expected):
     assert choose_method(num, dim) == expected
 
 
 # Closed forms
+
+
+def test_frames_favour_no_direction():
+    """Householder's QR alone would give every first entry the same sign."""
+    frames = torch.stack([random_frame(3, 2, generator(seed)) for seed in range(400)])
+    assert frames.mean(dim=0).abs().max() < 0.12  # four standard errors
+    assert torch.allclose(frames.square().mean(dim=0), torch.tensor(1 / 3).double(), atol=0.06)
 
 
 @given(st.integers(2, 40), st.integers(0, 30), st.integers(0, 10**6))
@@ -163,6 +185,13 @@ def test_separated_reaches_what_is_known_to_be_possible(num, dim, largest, seed)
     assert cosines(separated_points(num, dim, generator(seed))).max() <= largest
 
 
+@pytest.mark.parametrize("num", [30, 300])
+def test_separated_in_the_plane_is_the_regular_polygon(num):
+    """Smooth maxima of low sharpness bunch these points: annealing must go on until they are apart."""
+    largest = cosines(separated_points(num, 2, generator())).max()
+    assert math.acos(largest) == pytest.approx(2 * math.pi / num, rel=0.1)
+
+
 @pytest.mark.slow
 def test_separated_for_a_thousand_classes():
     assert cosines(separated_points(1000, 128, generator())).max() <= 0.080
@@ -203,8 +232,8 @@ def test_each_method_is_the_best_by_its_own_measure():
     for method, measure in measures.items():
         values = {name: measure(points) for name, points in banks.items()}
         others = min(value for name, value in values.items() if name != method)
-        # Separated and hpn approach the same banks from two sides, and neither is a global optimum.
-        assert values[method] <= others + (0.01 if method in ("separated", "hpn") else 0), (method, values)
+        # Each finds a local minimum, so that a near relative may come out ahead by a little.
+        assert values[method] <= others + 0.01, (method, values)
 
 
 # Objectives and optimiser
@@ -246,50 +275,52 @@ def test_objectives_and_their_gradients(objective, reference, arguments):
     expected = reference(points, *arguments)
     expected.backward()
     value, gradient = objective(points.detach(), *arguments)
-    assert value == pytest.approx(float(expected), rel=1e-9)
+    assert value == pytest.approx(expected.item(), rel=1e-9)
     np.testing.assert_allclose(gradient, points.grad, rtol=1e-7, atol=1e-9)
+
+
+def linear(target: Tensor) -> Objective:
+    return lambda rows: (float((rows * target).sum()), target)
 
 
 def test_minimise_finds_the_minimum_of_a_linear_function_and_counts_every_iteration():
     target = torch.randn(5, 3, generator=generator(), dtype=torch.float64)
     start = torch.randn(5, 3, generator=generator(1), dtype=torch.float64)
     counts = []
-    points = minimise(
-        lambda rows: (float((rows * target).sum()), target),
-        start,
-        iterations=300,
-        tolerance=1e-15,
-        advance=counts.append,
-    )
+    points = minimise(linear(target), start, iterations=300, tolerance=1e-15, advance=counts.append)
     np.testing.assert_allclose(points, -target / target.norm(dim=1, keepdim=True), atol=1e-5)
     assert sum(counts) == 300
 
 
 def test_minimise_stays_at_a_minimum():
     target = torch.eye(3, dtype=torch.float64)
-    points = minimise(
-        lambda rows: (float((rows * target).sum()), target),
-        -target,
-        iterations=9,
-        tolerance=0.0,
-        advance=lambda n: None,
-    )
+    points = minimise(linear(target), -target, iterations=9, tolerance=0.0, advance=[].append)
     assert torch.equal(points, -target)
 
 
 def test_the_number_of_threads_changes_no_bit():
-    banks = []
+    start = CONSTRUCTIONS["random"](777, 67, generator()).double()
+    results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        banks.append(separated_points(150, 30, generator()))
-    assert torch.equal(*banks)
+        objective = partial(smooth_maximum, beta=64.0)
+        results.append(minimise(objective, start, iterations=5, tolerance=0.0, advance=[].append))
+    assert torch.equal(*results)
 
 
-def test_progress_is_silent_off_a_terminal_and_does_without_tqdm(capsys, monkeypatch):
-    separated_points(8, 3, generator())
+def test_progress_does_without_tqdm(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with progress_bar(3) as advance:
         advance(3)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_is_silent_off_a_terminal(capsys):
+    pytest.importorskip("tqdm")
+    with progress_bar(3) as bar_method:
+        bar_method.__self__.delay = 0
+        bar_method.__self__.mininterval = bar_method.__self__.miniters = 0
+        bar_method(1)
     assert capsys.readouterr() == ("", "")
 
 

@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
+from hyperproto.constructions.code import code_points, has_code
 from hyperproto.constructions.energy import energy_points
 from hyperproto.constructions.hpn import hpn_points
 from hyperproto.constructions.orthoplex import orthoplex_points
@@ -27,11 +28,13 @@ CONSTRUCTIONS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
         "uniform": uniform_points,
         "energy": energy_points,
         "hpn": hpn_points,
+        "code": code_points,
         "random": random_points,
     }
 )
 
-#: An optimiser's step costs P^2 D: minutes for the whole build at this size, hours at four times as many.
+#: An optimiser's step costs P^2 D: minutes for the whole build at this size, hours at four times as many. Where no
+#: code serves more than that (in few dimensions), what is left is chance.
 MOST_OPTIMISED_PROTOTYPES = 4096
 
 
@@ -44,10 +47,12 @@ def choose_method(num_prototypes: int, dim: int) -> str:
 
     Example:
         >>> choose_method(10, 9), choose_method(10, 5), choose_method(100, 10), choose_method(100_000, 512)
-        ('simplex', 'orthoplex', 'separated', 'random')
+        ('simplex', 'orthoplex', 'separated', 'code')
     """
     if num_prototypes <= dim + 1:
         return "simplex"
     if num_prototypes <= 2 * dim:
         return "orthoplex"
-    return "separated" if num_prototypes <= MOST_OPTIMISED_PROTOTYPES else "random"
+    if num_prototypes <= MOST_OPTIMISED_PROTOTYPES:
+        return "separated"
+    return "code" if has_code(num_prototypes, dim) else "random"

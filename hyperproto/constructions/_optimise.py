@@ -34,7 +34,8 @@ SMALLEST_STEP = 1e-12
 
 #: Sharpness of a smooth maximum: from a rounded landscape to one where only the nearest pairs count.
 BETAS = tuple(4.0**exponent for exponent in range(9))
-#: From this sharpness on, annealing ends with the first stage that gains less than `SMALLEST_GAIN`.
+#: From this sharpness on, annealing ends with the first stage that gains less than `SMALLEST_GAIN` of 1 - cosine,
+#: which is half the squared distance of the nearest pair: a share, as very many points leave no more to gain.
 SHARP_BETA = 1024.0
 SMALLEST_GAIN = 1e-4
 #: A stage only has to prepare the next: a hundred times the accuracy doubles the time and gains 0.001 in cosine.
@@ -68,7 +69,7 @@ def anneal(objective: SmoothMaximum, start: Tensor, *, score: Callable[[Tensor],
             gain = smallest - score(points)
             if gain > 0:
                 best, smallest = points, smallest - gain
-            if beta >= SHARP_BETA and gain < SMALLEST_GAIN:
+            if beta >= SHARP_BETA and gain < SMALLEST_GAIN * (1.0 - smallest):
                 break
     return best
 
