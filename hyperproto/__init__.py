@@ -4,7 +4,10 @@ from hyperproto import functional
 from hyperproto.assigner import AssignmentStep, DynamicAssigner
 from hyperproto.bank import BankReport, PrototypeBank
 from hyperproto.calibration import fit_logit_scale
-from hyperproto.conversion.convert import convert_model, restore_model
+from hyperproto.conversion.convert import convert_model
+from hyperproto.conversion.describe import describe
+from hyperproto.conversion.fold import to_linear
+from hyperproto.conversion.restore import restore_model
 from hyperproto.errors import (
     AlreadyConvertedError,
     ArgumentError,
@@ -13,6 +16,7 @@ from hyperproto.errors import (
     HeadNotFoundError,
     HyperprotoError,
     LabelError,
+    NotLinearError,
     ShapeError,
 )
 from hyperproto.functional import AssignmentSolution
@@ -36,12 +40,15 @@ __all__ = [
     "HypersphericalHead",
     "LabelError",
     "LongTailLoss",
+    "NotLinearError",
     "PrototypeBank",
     "PrototypeCrossEntropyLoss",
     "ShapeError",
     "convert_model",
+    "describe",
     "fit_logit_scale",
     "functional",
     "get_heads",
     "restore_model",
+    "to_linear",
 ]

@@ -14,6 +14,7 @@ from hyperproto.errors import ArgumentError, AssignmentError, BankError, ShapeEr
 from hyperproto.functional import AssignmentMethod, solve_assignment
 from hyperproto.geometry import largest_cosines, normalise
 from hyperproto.head import HypersphericalHead, require_heads
+from hyperproto.matching.candidates import pair_cosines
 from hyperproto.precision import full_precision, keeping_dtype
 from hyperproto.targets import check_target, group_by_label
 
@@ -99,6 +100,7 @@ class DynamicAssigner(nn.Module):
     pending_counts: Tensor
     class_sums: Tensor | None
     frozen: Tensor
+    prices: Tensor
 
     def __init__(self, source: nn.Module, *, momentum: float | None = 0.9, solver: AssignmentMethod = "auto") -> None:
         super().__init__()
@@ -117,6 +119,9 @@ class DynamicAssigner(nn.Module):
         # Of the samples since the last step: what each rank weighs by when ranks are combined.
         self.register_buffer("pending_counts", means.new_zeros(head.num_classes))
         self.register_buffer("class_sums", torch.zeros_like(means) if momentum is None else None)
+        # Where the next matching starts from. It saves time and decides nothing: not part of the state_dict.
+        prices = torch.zeros(head.bank.num_prototypes, dtype=torch.float32, device=means.device)
+        self.register_buffer("prices", prices, persistent=False)
         self.register_buffer("frozen", torch.zeros((), dtype=torch.bool, device=means.device))
         self._equiangular = _is_equiangular(head)
 
@@ -174,30 +179,35 @@ class DynamicAssigner(nn.Module):
             What changed.
 
         Raises:
+            HeadNotFoundError: the head is no longer part of its model.
             AssignmentError: class means that are not finite, with their labels; means and assignment stay as they
                 were. Zero those rows of `class_means` to forget them.
         """
         started = time.perf_counter()
-        self._combine_ranks()
         head = self.head
+        head.check_in_use()
+        self._combine_ranks()
         means, prototypes, before = (
-            self.class_means.double().cpu(),
-            head.bank.prototypes.double().cpu(),
+            self.class_means.cpu(),
+            head.bank.prototypes.cpu(),
             head.assignment.cpu().clone(),
         )
         if bool(self.frozen):
             after, solver, optimal = before, "frozen", False
         else:
-            solution = solve_assignment(means, prototypes, current=before, method=self.solver)
+            solution = solve_assignment(means, prototypes, current=before, method=self.solver, prices=self.prices)
             after, solver, optimal = solution.assignment, solution.method, solution.optimal
+            if solution.prices is not None:
+                self.prices.copy_(solution.prices)
             for each in self._heads:
                 each.assign_(after.to(each.assignment.device))
         moved = torch.nonzero(after != before).flatten().tolist()
+        labels = torch.arange(len(means), device="cpu")
         record = AssignmentStep(
             changed=len(moved),
             moved_labels=tuple(moved),
-            similarity_before=float((means * prototypes[before]).sum()),
-            similarity_after=float((means * prototypes[after]).sum()),
+            similarity_before=float(pair_cosines(means, prototypes, labels, before).sum()),
+            similarity_after=float(pair_cosines(means, prototypes, labels, after).sum()),
             unseen=tuple(torch.nonzero(~means.any(dim=1)).flatten().tolist()),
             solver=solver,
             optimal=optimal,

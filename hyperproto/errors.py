@@ -35,3 +35,7 @@ class HeadNotFoundError(HyperprotoError, ValueError):
 
 class AlreadyConvertedError(HyperprotoError, ValueError):
     """A model already has a hyperspherical head."""
+
+
+class NotLinearError(HyperprotoError, AttributeError):
+    """A hyperspherical head was asked for the weight and bias of a linear classifier."""

@@ -5,7 +5,7 @@ No state, no modules; what the classes of this library do is written here once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from hyperproto.errors import ArgumentError, AssignmentError, ShapeError
 from hyperproto.geometry import hyperspherical_energy, normalise
+from hyperproto.matching.candidates import pair_cosines
 from hyperproto.matching.check import check_assignment
 from hyperproto.matching.dense import solve_dense
+from hyperproto.matching.sparse import solve_sparse
 from hyperproto.targets import check_target, count_own_label
 
 __all__ = [
@@ -31,7 +33,14 @@ __all__ = [
 ]
 
 Reduction = Literal["mean", "sum", "none"]
-AssignmentMethod = Literal["auto", "dense"]
+AssignmentMethod = Literal["auto", "dense", "sparse"]
+
+#: From this many labels on, "auto" is "sparse": measured, about where random means take as long by either. Means that
+#: nearly coincide or form clusters gain long before.
+SPARSE_FROM_CLASSES = 1000
+
+#: Memory that "sparse" may take for a dense solution where its rounds do not close: 4 GiB.
+DENSE_BYTES = 2**32
 
 
 def balanced_loss(cosines: Tensor, target: Tensor, *, reduction: Reduction = "mean") -> Tensor:
@@ -220,12 +229,15 @@ class AssignmentSolution:
         similarity: sum over labels of weight times cosine with the matched prototype.
         optimal: whether no assignment can have a larger similarity (to float rounding): proven by the solver.
         method: the solver used.
+        prices: (P,) float64 dual prices of the prototypes, with which "sparse" solves the next problem faster; None
+            from "dense".
     """
 
     assignment: Tensor
     similarity: float
     optimal: bool
     method: str
+    prices: Tensor | None = None
 
 
 def solve_assignment(
@@ -235,6 +247,7 @@ def solve_assignment(
     current: Tensor | None = None,
     weights: Tensor | None = None,
     method: AssignmentMethod = "auto",
+    prices: Tensor | None = None,
 ) -> AssignmentSolution:
     r"""The one-to-one assignment of labels to prototypes with the largest total cosine.
 
@@ -246,14 +259,18 @@ def solve_assignment(
         prototypes: (P, D), P >= C; rows are normalised here.
         current: (C,) int64, the assignment in force, kept wherever moving gains nothing; by default label k at k.
         weights: (C,) non-negative importance a of each label; 1 by default.
-        method: "dense" (scipy, O(C P) memory) or "auto".
+        method: "dense" (scipy's solver on all cosines: O(C P) memory), "sparse" (candidates, and a proof over all
+            pairs: O((C + P) D) memory, many times faster for many labels) or "auto", which picks by size. Should
+            "sparse" not close within its rounds, "dense" takes over where it needs 4 GiB or less.
+        prices: (P,) of the last solution, for "sparse" to start from: where little has changed since, it costs one
+            pass over the cosines. They change nothing but which of equally good assignments is found.
 
     Returns:
         The solution; exact in every mode.
 
     Raises:
         ShapeError: shapes do not fit.
-        AssignmentError: P < C, rows that are not finite (named), or an invalid `current`.
+        AssignmentError: P < C, rows that are not finite (named), an invalid `current`, or no solution within memory.
         ArgumentError: an unknown method, or weights that are negative or not finite.
 
     Example:
@@ -266,25 +283,59 @@ def solve_assignment(
     """
     if method not in get_args(AssignmentMethod):
         raise ArgumentError(f"method must be one of {get_args(AssignmentMethod)}, got {method!r}.")
-    _check_problem(class_means, prototypes, weights)
+    _check_problem(class_means, prototypes, weights, prices)
     num_classes, num_prototypes = len(class_means), len(prototypes)
     if current is None:
         current = torch.arange(num_classes, device="cpu")
     check_assignment(current, num_classes, num_prototypes)
-    current = current.cpu()
-    similarity = normalise(class_means.detach()).double().cpu() @ normalise(prototypes.detach()).double().cpu().T
+    means, prototypes, current = (
+        normalise(class_means.detach()).cpu(),
+        normalise(prototypes.detach()).cpu(),
+        current.cpu(),
+    )
+    weights = None if weights is None else weights.detach().double().cpu()
+    if prices is not None:
+        prices = prices.detach().double().cpu()
+    solution = None
+    if method == "sparse" or (method == "auto" and num_classes >= SPARSE_FROM_CLASSES):
+        solution = _solve_sparse(means, prototypes, current, weights, prices)
+    if solution is None:
+        solution = _solve_dense(means, prototypes, current, weights)
+    similarity_of_current = _total_similarity(means, prototypes, current, weights)
+    if solution.similarity <= similarity_of_current:  # equal but for the order of summation
+        solution = replace(solution, assignment=current.clone(), similarity=similarity_of_current)
+    return solution
+
+
+def _solve_dense(means: Tensor, prototypes: Tensor, current: Tensor, weights: Tensor | None) -> AssignmentSolution:
+    similarity = means.double() @ prototypes.double().T
     if weights is not None:
-        similarity *= weights.detach().double().cpu()[:, None]
+        similarity *= weights[:, None]
     assignment = solve_dense(similarity, current)
-    total = _total_similarity(similarity, assignment)
-    if total <= _total_similarity(similarity, current):  # equal but for the order of summation
-        assignment = current.clone()
-        total = _total_similarity(similarity, current)
+    total = _total_similarity(means, prototypes, assignment, weights)
     return AssignmentSolution(assignment, total, optimal=True, method="dense")
 
 
-def _total_similarity(similarity: Tensor, assignment: Tensor) -> float:
-    return float(similarity.gather(1, assignment[:, None]).sum())
+def _solve_sparse(
+    means: Tensor, prototypes: Tensor, current: Tensor, weights: Tensor | None, prices: Tensor | None
+) -> AssignmentSolution | None:
+    """The sparse solution, or None if it did not close and the dense one fits into `DENSE_BYTES`."""
+    found = solve_sparse(means, prototypes, current, weights=weights, prices=prices)
+    if not found.proven:
+        needed = 3 * 8 * len(means) * len(prototypes)  # the matrix, its copy with ties broken, and scipy's
+        if needed > DENSE_BYTES:
+            raise AssignmentError(
+                f"the sparse assignment of {len(means)} labels to {len(prototypes)} prototypes did not close. "
+                f'method="dense" is always exact and needs {needed / 2**30:.1f} GiB of memory here.'
+            )
+        return None
+    total = _total_similarity(means, prototypes, found.assignment, weights)
+    return AssignmentSolution(found.assignment, total, optimal=True, method="sparse", prices=found.prices)
+
+
+def _total_similarity(means: Tensor, prototypes: Tensor, assignment: Tensor, weights: Tensor | None) -> float:
+    cosines = pair_cosines(means, prototypes, torch.arange(len(means), device="cpu"), assignment)
+    return float((cosines if weights is None else cosines * weights).sum())
 
 
 def check_reduction(reduction: Reduction) -> None:
@@ -293,7 +344,7 @@ def check_reduction(reduction: Reduction) -> None:
         raise ArgumentError(f"reduction must be one of {', '.join(map(repr, get_args(Reduction)))}, got {reduction!r}.")
 
 
-def _check_problem(class_means: Tensor, prototypes: Tensor, weights: Tensor | None) -> None:
+def _check_problem(class_means: Tensor, prototypes: Tensor, weights: Tensor | None, prices: Tensor | None) -> None:
     if class_means.dim() != 2 or prototypes.dim() != 2 or class_means.shape[1] != prototypes.shape[1]:
         raise ShapeError(
             "expected class means (C, D) and prototypes (P, D) of one dimension D, got "
@@ -309,6 +360,8 @@ def _check_problem(class_means: Tensor, prototypes: Tensor, weights: Tensor | No
         if not bool(finite.all()):
             wrong = torch.nonzero(~finite).flatten()[:10].tolist()
             raise AssignmentError(f"{name} must be finite; rows {wrong} are not.")
+    if prices is not None and prices.shape != (len(prototypes),):
+        raise ShapeError(f"expected prices of shape ({len(prototypes)},), got {tuple(prices.shape)}.")
     if weights is None:
         return
     if weights.shape != (len(class_means),):

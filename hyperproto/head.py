@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperproto.bank import PrototypeBank
-from hyperproto.errors import ArgumentError, BankError, HeadNotFoundError, ShapeError
-from hyperproto.geometry import largest_cosines, normalise
+from hyperproto.errors import ArgumentError, BankError, HeadNotFoundError, NotLinearError, ShapeError
+from hyperproto.geometry import normalise, sampled_largest_cosines
 from hyperproto.matching.check import check_assignment
 from hyperproto.precision import full_precision, keeping_dtype
 from hyperproto.projection import Projection, build_projection, check_features
@@ -24,6 +24,9 @@ torch.fx.wrap("normalise")
 #: A sample exactly on its prototype gets about this probability under the default logit scale.
 PLACED_PROBABILITY = 0.99
 
+#: Classes that `HypersphericalHead.topk` compares at a time.
+TOPK_CHUNK = 16_384
+
 
 class HypersphericalHead(nn.Module):
     r"""Classifier over fixed unit prototypes: logits are scaled cosines.
@@ -33,6 +36,10 @@ class HypersphericalHead(nn.Module):
     Column k belongs to label k, whatever the assignment. No prototype ever trains or moves; what changes is
     `assignment` (an integer buffer, gathered at use, so that averaging weights cannot blend two assignments).
     Everything from the normalisation on is computed in float32, also under autocast and in half-precision models.
+
+    timm's `ModelEmaV3` and torch's `AveragedModel` copy integers, so that an average carries the latest assignment.
+    With `use_buffers=True` torch averages integers too: then give the averaged head the model's assignment again,
+    `averaged_head.assign_(head.assignment)`.
 
     Args:
         in_features: width of the features that come in.
@@ -66,7 +73,7 @@ class HypersphericalHead(nn.Module):
 
     assignment: Tensor
     logit_scale: Tensor
-    frame_inverse: Tensor
+    frame_inverse: Tensor | None
     training_output: Final[TrainingOutput]
 
     def __init__(
@@ -101,12 +108,15 @@ class HypersphericalHead(nn.Module):
         self.num_classes = num_classes
         self.dim = dim
         self.training_output = training_output
+        # Set by what takes the head out of its model.
+        self.retired = False
         self.projection = build_projection(projection, in_features, dim, seed=seed)
         self.bank = bank
         scale = default_logit_scale(bank, num_classes) if logit_scale is None else float(logit_scale)
         self.register_buffer("assignment", torch.arange(num_classes, device="cpu"))
         self.register_buffer("logit_scale", torch.tensor(scale, dtype=torch.float32, device="cpu"))
-        inverse = torch.zeros(dim, dim, dtype=torch.float32, device="cpu")
+        # A head that returns embeddings in training never recovers them, which would take a pass over all classes.
+        inverse = torch.zeros(dim, dim, device="cpu", dtype=torch.float32) if training_output == "logits" else None
         self.register_buffer("frame_inverse", inverse, persistent=False)
         self._refresh_frame_inverse()
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
@@ -128,6 +138,43 @@ class HypersphericalHead(nn.Module):
         if not torch.jit.is_scripting():
             check_features(features, self.in_features)
         return normalise(self.projection(features))
+
+    @torch.no_grad()
+    def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k labels whose prototypes are nearest, without a (B, C) tensor: classes are taken in chunks.
+
+        Args:
+            embeddings: (B, D), as `embed` returns.
+            k: in [1, C].
+
+        Returns:
+            Cosines (B, k), largest first, and labels (B, k) int64.
+
+        Raises:
+            ShapeError: embeddings of another shape.
+            ArgumentError: k out of range.
+
+        Example:
+            >>> head = HypersphericalHead(3, 4, projection="none")
+            >>> cosines, labels = head.topk(head.class_prototypes, k=2)
+            >>> labels[:, 0].tolist()
+            [0, 1, 2, 3]
+        """
+        if embeddings.dim() != 2 or embeddings.shape[1] != self.dim:
+            raise ShapeError(f"expected embeddings of shape (B, {self.dim}), got {tuple(embeddings.shape)}.")
+        if not 1 <= k <= self.num_classes:
+            raise ArgumentError(f"k must lie in [1, {self.num_classes}], got {k}.")
+        best = embeddings.new_empty((len(embeddings), 0), dtype=torch.float32)
+        labels = torch.empty((len(embeddings), 0), dtype=torch.int64, device=embeddings.device)
+        one = torch.ones_like(self.logit_scale)
+        for start in range(0, self.num_classes, TOPK_CHUNK):
+            chunk = self.assignment[start : start + TOPK_CHUNK]
+            cosines = scaled_cosines(embeddings, self.bank.prototypes, chunk, one)  # (B, chunk)
+            values, places = cosines.topk(min(k, len(chunk)), dim=1)
+            best, labels = torch.cat([best, values], dim=1), torch.cat([labels, places + start], dim=1)
+            best, order = best.topk(min(k, best.shape[1]), dim=1)
+            labels = labels.gather(1, order)
+        return best, labels
 
     def assign_(self, assignment: Tensor) -> None:
         """Let label k be represented by prototype `assignment[k]` from now on; in place.
@@ -154,7 +201,15 @@ class HypersphericalHead(nn.Module):
 
         Args:
             logits: (B, C).
+
+        Raises:
+            ShapeError: the head was made with training_output="embedding", and does not keep what this takes.
         """
+        if self.frame_inverse is None:
+            raise ShapeError(
+                f'a head with training_output="embedding" expects embeddings of shape (B, {self.dim}), got logits of '
+                f"shape {tuple(logits.shape)}. Pass what the model returns in train mode, or head.embed(features)."
+            )
         with full_precision(logits.device):
             cosines = logits.float() / self.logit_scale
             return cosines @ self.class_prototypes @ self.frame_inverse
@@ -193,8 +248,10 @@ class HypersphericalHead(nn.Module):
         """Whether a model output (B, ...) holds embeddings (B, D) rather than logits (B, C); told by its width.
 
         Raises:
+            HeadNotFoundError: the head is no longer part of its model.
             ShapeError: neither.
         """
+        self.check_in_use()
         if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] not in (self.num_classes, self.dim):
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ShapeError(
@@ -204,6 +261,19 @@ class HypersphericalHead(nn.Module):
             return self.training and self.training_output == "embedding"
         return output.shape[1] == self.dim
 
+    def check_in_use(self) -> None:
+        """Raise if the head was taken out of its model: what is bound to it would learn nothing from then on.
+
+        Raises:
+            HeadNotFoundError: it was.
+        """
+        if self.retired:
+            raise HeadNotFoundError(
+                "this HypersphericalHead is no longer part of its model: restore_model, to_linear or the model's "
+                "reset_classifier took it out. Call hyperproto.convert_model(model, ...) again, then make a new "
+                "assigner, criterion and optimizer."
+            )
+
     def extra_repr(self) -> str:
         """What `repr` shows."""
         return (
@@ -211,9 +281,17 @@ class HypersphericalHead(nn.Module):
             f"training_output={self.training_output!r}"
         )
 
+    def __getattr__(self, name: str) -> Any:
+        if name in ("weight", "bias"):
+            raise NotLinearError(
+                f"a HypersphericalHead has no {name}: its logits are cosines, not a linear map. Whatever needs one, "
+                "such as timm's TestTimePoolHead, fuse() or --head-init-scale, works on hyperproto.to_linear(model)."
+            )
+        return super().__getattr__(name)
+
     @torch.no_grad()
     def _refresh_frame_inverse(self) -> None:
-        if self.frame_inverse.is_meta or self.bank.prototypes.is_meta:
+        if self.frame_inverse is None or self.frame_inverse.is_meta or self.bank.prototypes.is_meta:
             return
         frame = self.class_prototypes.double().cpu()
         # Directions outside the span have eigenvalues at float32 rounding, about 1e-14; the cut lies well above.
@@ -272,9 +350,9 @@ def default_logit_scale(bank: PrototypeBank, num_classes: int) -> float:
         >>> round(default_logit_scale(PrototypeBank(100, 99), 100), 2)
         9.1
     """
-    # A thousand rows tell the mean; the cost must not grow with the square of a bank of a million.
-    prototypes = bank.prototypes[:: max(1, bank.num_prototypes // 1024)]
-    rho = float(largest_cosines(prototypes).mean()) if not prototypes.is_meta else 0.0
+    # A few hundred rows tell the mean; the cost must not grow with the square of a bank of a million.
+    prototypes = bank.prototypes
+    rho = 0.0 if prototypes.is_meta else float(sampled_largest_cosines(prototypes, 256).mean())
     odds = PLACED_PROBABILITY / (1.0 - PLACED_PROBABILITY)
     return math.log((num_classes - 1) * odds) / max(1.0 - rho, 0.05)
 

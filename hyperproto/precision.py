@@ -2,6 +2,10 @@
 
 Eight bits of mantissa move a cosine by 0.4 %, which is more than what separates neighbouring classes of a large
 bank, and in float16 the usual `clamp(norm, 1e-8)` is a clamp to zero.
+
+A model scripted by `torch.jit.script` is the exception: TorchScript cannot leave autocast by a context chosen at run
+time. Scripted heads compute in float32 in half-precision models as others do, but under autocast their matrix
+products run in its dtype.
 """
 
 from collections.abc import Callable

@@ -19,6 +19,9 @@ def build_projection(projection: Projection, in_features: int, dim: int, *, seed
 
     The linear map has no bias, so that scaling the features changes no direction. Batch norm centres the embeddings:
     pooled features behind a ReLU are non-negative, and prototypes point everywhere.
+
+    timm's `model_parameters(model, exclude_head=True)`, for adaptive gradient clipping, leaves out a model's last two
+    parameters, whatever they are: here those of the batch norm, and for "linear" its weight and one of the backbone.
     """
     if projection == "none":
         return nn.Identity()
@@ -88,6 +91,9 @@ def check_features(features: Tensor, in_features: int) -> None:
     Raises:
         ShapeError: it is not.
     """
+    # A shape is a tensor there, and a look at its value would end in a warning.
+    if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+        return
     if features.dim() < 2 or features.shape[-1] != in_features:
         raise ShapeError(
             f"HypersphericalHead expects features of shape (B, ..., {in_features}), got {tuple(features.shape)}. "

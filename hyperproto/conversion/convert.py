@@ -1,34 +1,31 @@
-"""Put a hyperspherical head in the place of a model's classifier, and take it out again."""
+"""Put hyperspherical heads in the place of a model's classifiers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import logging
 
 from torch import nn
 
 from hyperproto.bank import PrototypeBank
-from hyperproto.conversion.locate import find_classifier
-from hyperproto.errors import AlreadyConvertedError, ArgumentError, HeadNotFoundError
+from hyperproto.conversion.channels import ChannelsFirstHead
+from hyperproto.conversion.describe import describe
+from hyperproto.conversion.locate import Leaf, find_classifiers, num_inputs, num_outputs
+from hyperproto.conversion.record import RECORD, Conversion, Snapshot, count_parameters, find_reference
+from hyperproto.conversion.restore import guard_reset
+from hyperproto.conversion.structures import (
+    build_missing_classifier,
+    drop_token_head,
+    keep_unfused,
+    move_behind_pooling,
+    resize_auxiliary,
+    set_num_classes,
+)
+from hyperproto.conversion.warm_start import warm_start_
+from hyperproto.errors import AlreadyConvertedError, ArgumentError
 from hyperproto.head import HypersphericalHead, TrainingOutput, get_heads
 from hyperproto.projection import Projection
 
-_RECORD = "_hyperproto_conversion"
-
-
-@dataclass
-class Conversion:
-    """What a conversion changed, kept on the model for `restore_model`.
-
-    Attributes:
-        name: dotted name of the classifier.
-        original: the layer that was there.
-        num_classes: the model's attributes of that name before, by dotted name of their module.
-    """
-
-    name: str
-    original: nn.Linear
-    num_classes: dict[str, int]
+logger = logging.getLogger(__name__)
 
 
 def convert_model(
@@ -40,28 +37,40 @@ def convert_model(
     classifier: str | None = None,
     projection: Projection = "auto",
     training_output: TrainingOutput = "logits",
+    warm_start: bool = False,
     seed: int = 0,
 ) -> nn.Module:
-    """Replace the model's classifier by a `HypersphericalHead`, in place; returns the same model.
+    """Replace the model's classifiers by `HypersphericalHead`s, in place; returns the same model.
 
     Plans and checks first: on an error the model is as it was. Device, train or eval mode and dtype are kept, every
     other parameter stays bit for bit. Create the optimiser and load checkpoints of converted models afterwards.
 
+    Where a model combines several classifiers (distilled pairs, CrossViT, EfficientViM), each gets a head with a
+    projection of its own, and all share one bank and one assignment. The output is then a convex combination of
+    cosines times the scale, as that of one head is. VOLO's token classifier, which adds a maximum to the logits, is
+    taken out, and SqueezeNet's classifier is rebuilt without its ReLU. `describe(model)` tells what was done, and the
+    logger "hyperproto.conversion.convert" says the same at level INFO.
+
     Args:
-        model: any timm or torchvision classifier with one plain nn.Linear as its last layer, or any module with
-            `classifier` given.
-        dim: dimension D of the embeddings; by default the width of the features.
-        num_classes: number of labels; by default the old classifier's.
+        model: any timm or torchvision classifier, or any module with `classifier` given. The classifier is one or
+            more layers nn.Linear or nn.Conv2d of size 1. timm's `reset_classifier` on a converted model restores it
+            first.
+        dim: dimension D of the embeddings; by default the bank's, or the width of the features (the smallest, where
+            several classifiers differ).
+        num_classes: number of labels; by default the old classifier's. Needed for models made with num_classes=0.
         bank: a method of `PrototypeBank`, or a bank.
         classifier: dotted name of the layer to replace, where the model does not say so itself.
         projection: see `HypersphericalHead`.
         training_output: see `HypersphericalHead`.
-        seed: of the bank and of the projection's start.
+        warm_start: start from a trained classifier: choose projections and assignment so that the converted model
+            ranks classes as the trained one does, as far as D allows. See `conversion.warm_start.warm_start_`.
+        seed: of the bank and of the projections' start.
 
     Raises:
         AlreadyConvertedError: the model has a hyperspherical head.
-        HeadNotFoundError: no classifier found, or one of a structure that cannot be replaced; says why.
-        BankError, ArgumentError: the head cannot be built with these arguments.
+        HeadNotFoundError: no classifier found; says how to name it.
+        BankError, ArgumentError: the heads cannot be built with these arguments.
+        ArgumentError, ShapeError: a warm start from no trained classifier, or from one of other classes.
 
     Example:
         >>> import torch
@@ -76,69 +85,86 @@ def convert_model(
             f"{type(model).__name__} already has a hyperspherical head at {', '.join(map(repr, get_heads(model)))}. "
             "Call hyperproto.restore_model(model) first to convert it differently."
         )
-    name = find_classifier(model, classifier)
-    if name == "":
-        raise ArgumentError("a bare layer cannot be replaced in place: use HypersphericalHead itself.")
-    original = model.get_submodule(name)
-    if not isinstance(original, nn.Linear):  # find_classifier has made sure; tells the type checker
-        raise HeadNotFoundError(f"{name!r} is not an nn.Linear.")
-    head = HypersphericalHead(
-        original.in_features,
-        original.out_features if num_classes is None else num_classes,
-        dim=dim,
-        bank=bank,
-        projection=projection,
-        training_output=training_output,
-        seed=seed,
-    )
-    head.to(device=original.weight.device, dtype=original.weight.dtype)
-    head.train(original.training)
-    _replace(model, name, original, head)
+    before = Snapshot(model)
+    num_parameters = count_parameters(model)
+    with before.undo_on_error():
+        notes = build_missing_classifier(model, num_classes, seed) if classifier is None else []
+        if notes and warm_start:
+            raise ArgumentError("a warm start needs a trained classifier; this model was made without one.")
+        leaves = find_classifiers(model, classifier)
+        if "" in leaves:
+            raise ArgumentError("a bare layer cannot be replaced in place: use HypersphericalHead itself.")
+        dropped, more = drop_token_head(model, leaves)
+        leaves = {name: leaf for name, leaf in leaves.items() if name not in dropped}
+        heads = _build_heads(leaves, dim, num_classes, bank, projection, training_output, seed)
+        if warm_start:
+            more += _warm_start(heads, leaves)
+        record = Conversion({}, num_parameters, dropped=dict(dropped), notes=notes + more)
+        _put_in(model, leaves, heads, record, seed)
+        record.num_parameters_after = count_parameters(model)
+        record.changes = before.changes()
+        record.requires_grad = before.changed_flags()
+        model.__dict__[RECORD] = record
+    if logger.isEnabledFor(logging.INFO):
+        logger.info("%s", describe(model))
     return model
 
 
-def restore_model(model: nn.Module) -> nn.Module:
-    """Put the original classifier back, bit for bit, in place; returns the same model.
-
-    Raises:
-        HeadNotFoundError: the model was not converted by `convert_model`.
-
-    Example:
-        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
-        >>> linear = model[1]
-        >>> restore_model(convert_model(model, dim=2, classifier="1"))[1] is linear
-        True
-    """
-    record = model.__dict__.get(_RECORD)
-    if not isinstance(record, Conversion):
-        raise HeadNotFoundError(
-            f"{type(model).__name__} was not converted: there is nothing to restore. "
-            "For a wrapped model (DistributedDataParallel, torch.compile) pass the model inside."
+def _build_heads(
+    leaves: dict[str, Leaf],
+    dim: int | None,
+    num_classes: int | None,
+    bank: str | PrototypeBank,
+    projection: Projection,
+    training_output: TrainingOutput,
+    seed: int,
+) -> dict[str, HypersphericalHead]:
+    """A head for each leaf, where and in the dtype and mode that the leaf is; all share the first one's bank."""
+    if num_classes is None:
+        num_classes = num_outputs(next(iter(leaves.values())))
+    if dim is None and isinstance(bank, str):
+        dim = min(num_inputs(leaf) for leaf in leaves.values())
+    heads: dict[str, HypersphericalHead] = {}
+    for index, (name, leaf) in enumerate(leaves.items()):
+        kind = ChannelsFirstHead if isinstance(leaf, nn.Conv2d) else HypersphericalHead
+        head = kind(
+            num_inputs(leaf),
+            num_classes,
+            dim=dim,
+            bank=bank,
+            projection=projection,
+            training_output=training_output,
+            seed=seed + index,
         )
-    head = model.get_submodule(record.name)
-    reference = next(head.parameters(), None)
-    where = reference if reference is not None else next(head.buffers())
-    record.original.to(device=where.device)
-    if reference is not None:
-        record.original.to(dtype=reference.dtype)
-    record.original.train(head.training)
-    model.set_submodule(record.name, record.original)
-    _set_num_classes(model, record.num_classes)
-    del model.__dict__[_RECORD]
-    return model
+        bank = head.bank
+        heads[name] = head
+    for name, leaf in leaves.items():
+        heads[name].to(device=leaf.weight.device, dtype=leaf.weight.dtype).train(leaf.training)
+    return heads
 
 
-def _replace(model: nn.Module, name: str, original: nn.Linear, head: HypersphericalHead) -> None:
-    parents = ["", *(name.rpartition(".")[0].split(".") if "." in name else ())]
-    paths = list(dict.fromkeys(".".join(name.split(".")[:depth]) for depth in range(len(parents))))
-    counts = {path: getattr(model.get_submodule(path), "num_classes", None) for path in paths}
-    before = {path: count for path, count in counts.items() if isinstance(count, int)}
-    record = Conversion(name, original, before)
-    model.set_submodule(name, head)
-    _set_num_classes(model, dict.fromkeys(before, head.num_classes))
-    model.__dict__[_RECORD] = record
+def _warm_start(heads: dict[str, HypersphericalHead], leaves: dict[str, Leaf]) -> list[str]:
+    """Fit each head to its leaf; the first one chooses the assignment of all."""
+    notes: list[str] = []
+    assignment = None
+    for name, head in heads.items():
+        notes.append(f"{name}: {warm_start_(head, leaves[name], assignment=assignment)}")
+        assignment = head.assignment
+    return notes
 
 
-def _set_num_classes(model: nn.Module, values: dict[str, Any]) -> None:
-    for path, value in values.items():
-        setattr(model.get_submodule(path), "num_classes", value)  # noqa: B010 (not an attribute of nn.Module)
+def _put_in(
+    model: nn.Module, leaves: dict[str, Leaf], heads: dict[str, HypersphericalHead], record: Conversion, seed: int
+) -> None:
+    """Swap leaves for heads and do what the structure needs beyond that; fills the record."""
+    for name, head in heads.items():
+        record.notes += keep_unfused(model, name)
+        target, notes = move_behind_pooling(model, name)
+        record.notes += notes
+        record.leaves[target] = leaves[name]
+        model.set_submodule(target, head)
+    num_classes = next(iter(heads.values())).num_classes
+    set_num_classes(model, list(record.leaves), num_classes)
+    record.notes += resize_auxiliary(model, num_classes, seed)
+    record.reference = find_reference(model, record.leaves)
+    guard_reset(model)

@@ -1,4 +1,4 @@
-"""Where a model's classifier is: the dotted name of the layer whose outputs are the logits.
+"""Where a model's classifier is: the dotted names of the layers whose outputs make the logits.
 
 A layer is recognised by what the model says of itself (timm's `get_classifier` and `pretrained_cfg`) or by its class
 (torchvision), never by its width alone: dozens of models have inner layers as wide as a small number of classes.
@@ -7,11 +7,14 @@ A layer is recognised by what the model says of itself (timm's `get_classifier` 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
 from hyperproto.errors import HeadNotFoundError
+
+#: What can make logits: a linear layer, over the last dimension or over channels.
+Leaf: TypeAlias = nn.Linear | nn.Conv2d
 
 #: torchvision's model classes and where each keeps its last layer.
 TORCHVISION_CLASSIFIERS = {
@@ -37,63 +40,76 @@ TORCHVISION_CLASSIFIERS = {
 NAME_IT = 'Name the layer to replace yourself: convert_model(model, classifier="dotted.name").'
 
 
-def find_classifier(model: nn.Module, classifier: str | None) -> str:
-    """Dotted name of the one plain nn.Linear that makes the logits.
+def find_classifiers(model: nn.Module, classifier: str | None) -> dict[str, Leaf]:
+    """The layers that make the logits, by dotted name: one, or several whose outputs the model combines.
 
     Args:
         model: a timm or torchvision classifier, or anything with `classifier` given.
-        classifier: the name, if the caller knows it.
+        classifier: the name, if the caller knows it. One of several that the model combines stands for all of them.
 
     Raises:
-        HeadNotFoundError: there is none, or it is not one plain nn.Linear; says why.
+        HeadNotFoundError: there is none, or none that can be replaced; says why.
     """
-    names = [classifier] if classifier is not None else _find_names(model)
-    label = type(model).__name__
+    known = known_names(model)
+    names = known if classifier is None or classifier in known else [classifier]
     if not names:
-        raise HeadNotFoundError(f"cannot tell where {label} keeps its classifier. {NAME_IT}")
-    if len(names) > 1:
-        raise HeadNotFoundError(f"{label} has {len(names)} classifiers ({', '.join(names)}), expected one. {NAME_IT}")
-    [name] = names
-    leaf = _resolve(model, name)
-    if leaf is None:
-        raise HeadNotFoundError(f"{label} has no module named {name!r}. model.named_modules() lists the names.")
-    if isinstance(leaf, nn.Identity):
+        raise HeadNotFoundError(f"cannot tell where {type(model).__name__} keeps its classifier. {NAME_IT}")
+    leaves = {name: _leaf_at(model, name) for name in names}
+    widths = {name: num_outputs(leaf) for name, leaf in leaves.items()}
+    if len(set(widths.values())) > 1:
         raise HeadNotFoundError(
-            f"{label} was made without a classifier ({name!r} is nn.Identity). Create it with num_classes=K."
+            f"expected the classifiers of {type(model).__name__} to have one number of classes, got {widths}. "
+            "Call model.reset_classifier(K) first."
         )
-    if type(leaf) is not nn.Linear:
-        raise HeadNotFoundError(f"the classifier {name!r} of {label} is a {type(leaf).__name__}, not an nn.Linear.")
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if parent is not model and hasattr(parent, "fuse"):
-        raise HeadNotFoundError(
-            f"the classifier {name!r} of {label} is wrapped in a {type(parent).__name__} that fuses it with its "
-            "batch norm, which is not supported: expected one plain nn.Linear."
-        )
-    return name
+    return leaves
 
 
-def _find_names(model: nn.Module) -> list[str]:
+def known_names(model: Any) -> list[str]:
+    """Names of the layers that make the logits, as far as the model's own interface or its class tells."""
     if hasattr(model, "get_classifier"):
         return _timm_names(model)
-    if any(base.__module__.startswith("torchvision.models") for base in type(model).__mro__):
-        known = (TORCHVISION_CLASSIFIERS.get(base.__name__) for base in type(model).__mro__)
-        return [name for name in known if name is not None][:1]
+    for base in type(model).__mro__:
+        if base.__module__.startswith("torchvision.models") and base.__name__ in TORCHVISION_CLASSIFIERS:
+            return [TORCHVISION_CLASSIFIERS[base.__name__]]
     return []
 
 
+def num_outputs(leaf: Leaf) -> int:
+    """Width of what a leaf returns."""
+    return leaf.out_features if isinstance(leaf, nn.Linear) else leaf.out_channels
+
+
+def num_inputs(leaf: Leaf) -> int:
+    """Width of what a leaf takes."""
+    return leaf.in_features if isinstance(leaf, nn.Linear) else leaf.in_channels
+
+
+def is_leaf(module: object) -> bool:
+    """Whether a module maps features to outputs by one matrix: nn.Linear, or nn.Conv2d of size 1."""
+    if isinstance(module, nn.Conv2d):
+        return (module.kernel_size, module.stride, module.padding, module.groups) == ((1, 1), (1, 1), (0, 0), 1)
+    return isinstance(module, nn.Linear)
+
+
 def _timm_names(model: Any) -> list[str]:
-    """Names that the model's config and its `get_classifier` point to."""
+    """Leaves that the model's config names, and those that `get_classifier` holds and the config forgets."""
+    modules = dict(model.named_modules())
     configured = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
-    names = dict.fromkeys([configured] if isinstance(configured, str) else configured)
-    by_identity = {id(module): name for name, module in model.named_modules()}
+    configured = [configured] if isinstance(configured, str) else configured
+    names = [name for name in configured if is_leaf(modules.get(name))]
+    by_identity = {id(module): name for name, module in modules.items()}
     for module in _flatten(model.get_classifier()):
-        if list(module.children()):
-            raise HeadNotFoundError(
-                f"the classifier of {type(model).__name__} is wrapped in a {type(module).__name__}, "
-                "which is not supported: expected one plain nn.Linear."
-            )
-        names.setdefault(by_identity[id(module)])
-    return list(names)
+        own = by_identity.get(id(module), "")
+        if any(name == own or name.startswith(own + ".") for name in names):
+            continue
+        if is_leaf(module):
+            names.append(own)
+            continue
+        # Wrappers hold other layers too (an MLP's first, batch norm): only the number of classes tells.
+        for inner, leaf in module.named_modules():
+            if isinstance(leaf, Leaf) and is_leaf(leaf) and num_outputs(leaf) == getattr(model, "num_classes", None):
+                names.append(f"{own}.{inner}")
+    return names
 
 
 def _flatten(classifier: Any) -> Iterator[nn.Module]:
@@ -104,5 +120,21 @@ def _flatten(classifier: Any) -> Iterator[nn.Module]:
         yield classifier
 
 
-def _resolve(model: nn.Module, name: str) -> nn.Module | None:
-    return dict(model.named_modules()).get(name)
+def _leaf_at(model: nn.Module, name: str) -> Leaf:
+    """The leaf of that name.
+
+    Raises:
+        HeadNotFoundError: there is no such module, or it is no leaf; names the leaves inside it, if any.
+    """
+    label = type(model).__name__
+    module = dict(model.named_modules()).get(name)
+    if module is None:
+        raise HeadNotFoundError(f"{label} has no module named {name!r}. model.named_modules() lists the names.")
+    if isinstance(module, Leaf) and is_leaf(module):
+        return module
+    inside = [f"{name}.{inner}".strip(".") for inner, leaf in module.named_modules() if is_leaf(leaf)]
+    hint = f"Name a layer inside it, such as {inside[-1]!r}." if inside else NAME_IT
+    raise HeadNotFoundError(
+        f"expected {name!r} of {label} to be an nn.Linear or an nn.Conv2d of size 1, "
+        f"got {type(module).__name__}. {hint}"
+    )

@@ -1,0 +1,74 @@
+"""A converted model in words."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from hyperproto.bank import PrototypeBank
+from hyperproto.conversion.locate import Leaf, num_inputs, num_outputs
+from hyperproto.conversion.record import RECORD, Conversion, count_parameters
+from hyperproto.geometry import sampled_largest_cosines
+from hyperproto.head import HypersphericalHead, get_heads, require_heads
+
+#: Prototypes whose nearest neighbours are looked for: the time must not grow with the square of a bank of a million.
+SAMPLED_ROWS = 4096
+
+
+def describe(model: nn.Module) -> str:
+    """What the model's hyperspherical heads are and what they took the place of; changes nothing.
+
+    A line for each head (its name, what stood there, widths), one for the bank they share, one for the parameters of
+    the model before and after, and one for whatever else the conversion changed.
+
+    Args:
+        model: a converted model, bare or wrapped, or any module with a head in it.
+
+    Raises:
+        HeadNotFoundError: it has none.
+
+    Example:
+        >>> from hyperproto import convert_model
+        >>> print(describe(convert_model(nn.Sequential(nn.Linear(16, 4)), dim=2, classifier="0")))
+        Sequential: 4 classes on prototypes in dimension 2
+          0: was Linear 16 -> 4, projects 16 -> 2 (linear, batch norm)
+          bank: orthoplex, 4 prototypes, largest cosine 0.0000
+          parameters: 68 before, 36 after
+    """
+    head = require_heads(model)[0]
+    converted = {module: module.__dict__[RECORD] for module in model.modules() if RECORD in module.__dict__}
+    leaves = {
+        module.get_submodule(name): leaf for module, record in converted.items() for name, leaf in record.leaves.items()
+    }
+    lines = [f"{type(model).__name__}: {head.num_classes} classes on prototypes in dimension {head.dim}"]
+    for name, each in get_heads(model).items():
+        lines.append(f"{name or 'itself'}: {_origin(leaves.get(each))}{_projection(each)}")
+    lines.append(f"bank: {_bank(head.bank)}")
+    lines.append(f"parameters: {_num_parameters(model, list(converted.values()))}")
+    lines += [f"also: {note}" for record in converted.values() for note in record.notes]
+    return "\n  ".join(lines)
+
+
+def _origin(leaf: Leaf | None) -> str:
+    return "" if leaf is None else f"was {type(leaf).__name__} {num_inputs(leaf)} -> {num_outputs(leaf)}, "
+
+
+def _projection(head: HypersphericalHead) -> str:
+    if isinstance(head.projection, nn.Identity):
+        return f"no projection ({head.in_features})"
+    layers = "linear, batch norm" if isinstance(head.projection, nn.Sequential) else "linear"
+    return f"projects {head.in_features} -> {head.dim} ({layers})"
+
+
+def _bank(bank: PrototypeBank) -> str:
+    text = f"{bank.method}, {bank.num_prototypes} prototypes"
+    if bank.prototypes.is_meta:
+        return text
+    cosine = round(float(sampled_largest_cosines(bank.prototypes, SAMPLED_ROWS).max()), 4)
+    sampled = f" of {SAMPLED_ROWS} sampled" if bank.num_prototypes > SAMPLED_ROWS else ""
+    return f"{text}, largest cosine {cosine + 0.0:.4f}{sampled}"  # + 0.0 turns -0.0 into 0.0
+
+
+def _num_parameters(model: nn.Module, records: list[Conversion]) -> str:
+    after = count_parameters(model)
+    removed = sum(record.num_parameters - record.num_parameters_after for record in records)
+    return f"{after + removed:,} before, {after:,} after" if records else f"{after:,}"

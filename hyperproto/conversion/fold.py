@@ -1,0 +1,106 @@
+"""Fold a head into a plain layer, for deployment without this package."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hyperproto.conversion.channels import ChannelsFirstHead
+from hyperproto.conversion.locate import Leaf
+from hyperproto.conversion.record import RECORD, get_record
+from hyperproto.errors import ArgumentError
+from hyperproto.head import HypersphericalHead, get_heads
+
+
+def to_linear(model: nn.Module) -> nn.Module:
+    r"""Replace the head by a plain layer with the same ranking of classes for every input; in place.
+
+    .. math:: \text{logits}_k = s \, \langle A x + b, w_{\sigma(k)} \rangle
+
+    with A and b of the projection and its batch norm in eval mode. This is the head without the division by the
+    length of A x + b, which is one positive number for each input: predictions, top-k and rankings stay, probabilities
+    do not. The layer is an nn.Linear, or an nn.Conv2d of size 1 where the original one was.
+
+    The model's `state_dict` then loads into an unconverted model of the same architecture and number of classes
+    (SqueezeNet aside, whose rebuilt classifier stays). VOLO's token classifier comes back with zeros for weights, which
+    add nothing. The conversion cannot be undone afterwards: deepcopy the model first to keep it.
+
+    Args:
+        model: a model converted by `convert_model`, with one head.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ArgumentError: the model combines several heads, each of which normalises on its own: no linear layers rank
+            as their sum does.
+        HeadNotFoundError: the model was not converted, or it is wrapped: pass the model inside.
+
+    Example:
+        >>> from hyperproto import convert_model
+        >>> model = convert_model(nn.Sequential(nn.Linear(16, 4)), dim=2, classifier="0").eval()
+        >>> images = torch.randn(8, 16)
+        >>> before = model(images).argmax(dim=1)
+        >>> torch.equal(to_linear(model)(images).argmax(dim=1), before), type(model[0]).__name__
+        (True, 'Linear')
+    """
+    record = get_record(model, "to_linear")
+    heads = get_heads(model)
+    if len(heads) > 1:
+        raise ArgumentError(
+            f"expected a model with one head, got {len(heads)} ({', '.join(heads)}): {type(model).__name__} sums their "
+            "outputs, each normalised on its own, and no linear layers rank classes as that sum does. "
+            "Deploy it with hyperproto, e.g. through torch.export."
+        )
+    [(name, head)] = heads.items()
+    layer = _fold(head, record.witness(head))
+    # Guards on the model and around the head go; what a plain layer needs as well stays.
+    for change in record.changes:
+        if change.table == "" and change.key in ("fuse", "reset_classifier"):
+            change.undo()
+    head.retired = True
+    model.set_submodule(name, layer)
+    for dropped in record.dropped:
+        zeros = torch.zeros_like(layer.weight.detach().flatten(1))
+        silent = _layer(zeros, zeros[:, 0].clone(), channels_first=False).train(layer.training)
+        setattr(model, dropped, silent)
+    del model.__dict__[RECORD]
+    return model
+
+
+@torch.no_grad()
+def _fold(head: HypersphericalHead, witness: Tensor | None) -> Leaf:
+    """The head as a layer with the witness's device and dtype."""
+    matrix, shift = _affine_of(head)
+    prototypes = float(head.logit_scale) * head.class_prototypes.double().cpu()  # (C, D)
+    weight, bias = (prototypes @ part for part in (matrix, shift))  # (C, in_features), (C,)
+    layer = _layer(weight, bias, channels_first=isinstance(head, ChannelsFirstHead))
+    if witness is None:
+        witness = head.logit_scale
+    return layer.to(device=witness.device, dtype=witness.dtype).train(head.training)
+
+
+def _affine_of(head: HypersphericalHead) -> tuple[Tensor, Tensor]:
+    """The projection in eval mode as x -> A x + b, in float64 on the CPU: (D, in_features), (D,)."""
+    shift = torch.zeros(head.dim, dtype=torch.float64)
+    layers = list(head.projection.modules())
+    linear = next((layer for layer in layers if isinstance(layer, nn.Linear)), None)
+    norm = next((layer for layer in layers if isinstance(layer, nn.BatchNorm1d)), None)
+    matrix = torch.eye(head.dim, dtype=torch.float64) if linear is None else linear.weight.double().cpu()
+    if norm is None or norm.running_mean is None or norm.running_var is None:
+        return matrix, shift
+    scale = norm.weight.double().cpu() / (norm.running_var.double().cpu() + norm.eps).sqrt()
+    return scale[:, None] * matrix, norm.bias.double().cpu() - scale * norm.running_mean.double().cpu()
+
+
+def _layer(weight: Tensor, bias: Tensor, *, channels_first: bool) -> Leaf:
+    """nn.Linear or nn.Conv2d of size 1 with this weight (out, in) and bias (out,); draws no random numbers."""
+    outputs, inputs = weight.shape
+    layer: Leaf
+    if channels_first:
+        layer = nn.Conv2d(inputs, outputs, 1, device="meta")
+        weight = weight[:, :, None, None]
+    else:
+        layer = nn.Linear(inputs, outputs, device="meta")
+    layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return layer

@@ -1,0 +1,151 @@
+"""A start from a trained classifier: the head that ranks the classes as it did, as far as D dimensions can."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hyperproto.errors import ArgumentError, ShapeError
+from hyperproto.functional import solve_assignment
+from hyperproto.head import HypersphericalHead
+from hyperproto.matching.check import check_assignment
+from hyperproto.matching.procrustes import align
+from hyperproto.projection import RowBatchNorm
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """What a warm start reached.
+
+    Attributes:
+        reproduced: share in [0, 1] of the old classifier, as the squared length of its centred weights, that the
+            head reproduces. At 1 it ranks the classes of every input as the old one did (but for its bias, where the
+            projection has none).
+    """
+
+    reproduced: float
+
+    def __str__(self) -> str:
+        return f"warm start: {100 * self.reproduced:.1f} % of the old classifier's weights reproduced"
+
+
+@torch.no_grad()
+def warm_start_(
+    head: HypersphericalHead, classifier: nn.Linear | nn.Conv2d, *, assignment: Tensor | None = None
+) -> WarmStart:
+    r"""Choose the head's assignment and projection so that it ranks classes as a trained classifier does; in place.
+
+    .. math:: \min_{\sigma, A, a} \; \lVert \bar W_\sigma A - \bar V \rVert_F^2
+              + \lVert \bar W_\sigma a - \bar b \rVert^2,
+              \qquad \text{logits}_\text{old} = V x + b
+
+    The bar takes the mean over classes out, which no ranking can see. With sigma fixed this is least squares; sigma
+    comes from `matching.procrustes.align`. Normalising the embedding divides a sample's logits by one number and
+    leaves their ranking. It is therefore the old one exactly, for every input, where the C assigned prototypes span
+    C - 1 dimensions: a simplex, or any bank with D >= C - 1. Below that the nearest C x D matrix is what there is.
+
+    Batch norm starts with -a as its running mean, not with a as its bias: a trained classifier's logits average to
+    about zero over balanced data, so that this is near the mean that train mode is going to find, and both modes
+    start from about the same function. Without batch norm the old bias is dropped. Without a projection only the
+    assignment can be chosen, by the cosine between class vectors and prototypes.
+
+    Args:
+        head: made for the classifier's width and number of classes.
+        classifier: nn.Linear, or nn.Conv2d of size 1.
+        assignment: (C,) int64, to be taken instead of one chosen here: for the second and later heads of a model,
+            which must share that of the first.
+
+    Returns:
+        How much of the classifier could be kept.
+
+    Raises:
+        ShapeError: head and classifier differ in width or number of classes.
+        ArgumentError: weights that are not finite, or have no values (meta device).
+        AssignmentError: `assignment` is invalid. After any error the head is as it was.
+
+    Example:
+        >>> classifier, features = nn.Linear(32, 8), torch.randn(100, 32)
+        >>> head = HypersphericalHead(32, 8, dim=7).eval()
+        >>> warm_start_(head, classifier).reproduced > 0.999
+        True
+        >>> bool((head(features).argmax(1) == classifier(features).argmax(1)).all())
+        True
+
+    References:
+        Schoenemann, A generalized solution of the orthogonal Procrustes problem, 1966.
+    """
+    weight, bias = _centred(head, classifier)
+    linear, batch_norm = _parts(head.projection)
+    prototypes = head.bank.prototypes.double().cpu()
+    if assignment is None:
+        assignment = _choose_assignment(weight, prototypes, rotate=linear is not None)
+    check_assignment(assignment, head.num_classes, head.bank.num_prototypes)
+    chosen = prototypes[assignment.cpu()]
+    frame = chosen - chosen.mean(dim=0)  # (C, D)
+    if linear is None:
+        head.assign_(assignment.to(head.assignment.device))
+        return WarmStart(_squared_cosine(frame, weight))
+    # Directions outside the span of centred prototypes have singular values at float32 rounding.
+    inverse = torch.linalg.pinv(frame, rtol=1e-5)  # (D, C)
+    projection = inverse @ weight
+    head.assign_(assignment.to(head.assignment.device))
+    linear.weight.copy_(projection)
+    if batch_norm is not None:
+        _set_batch_norm_(batch_norm, projection, inverse @ bias)
+    return WarmStart(_squared_cosine(frame @ projection, weight))
+
+
+def _choose_assignment(weight: Tensor, prototypes: Tensor, *, rotate: bool) -> Tensor:
+    if rotate:
+        return align(weight, prototypes).assignment
+    return solve_assignment(weight, prototypes, weights=weight.norm(dim=1)).assignment
+
+
+def _set_batch_norm_(batch_norm: nn.BatchNorm1d, projection: Tensor, bias: Tensor) -> None:
+    """Let batch norm add the bias in eval mode and do about the same in train mode, where it divides by the spread.
+
+    The spread of each dimension is not known without data: taken as that of features whose entries are independent.
+    """
+    variance = projection.square().sum(dim=1).clamp_min(1e-12)
+    start = {
+        "running_mean": -bias,
+        "running_var": variance,
+        "num_batches_tracked": torch.zeros((), dtype=torch.int64),
+        "weight": (variance + batch_norm.eps).sqrt(),
+        "bias": torch.zeros_like(bias),
+    }
+    batch_norm.load_state_dict(start)
+
+
+def _parts(projection: nn.Module) -> tuple[nn.Linear | None, nn.BatchNorm1d | None]:
+    """The linear map and the batch norm of a projection, as far as it has them."""
+    modules = list(projection.modules())
+    linear = next((module for module in modules if isinstance(module, nn.Linear)), None)
+    return linear, next((module for module in modules if isinstance(module, RowBatchNorm)), None)
+
+
+def _squared_cosine(matrix: Tensor, weight: Tensor) -> float:
+    """Share of `weight` that a multiple of `matrix` accounts for; everything of a classifier without weights."""
+    lengths = float(matrix.square().sum() * weight.square().sum())
+    return float((matrix * weight).sum().square()) / lengths if lengths > 0 else 1.0
+
+
+def _centred(head: HypersphericalHead, classifier: nn.Linear | nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """The classifier's weight (C, in_features) and bias (C,) in float64 on the CPU, less their means over classes."""
+    expected = (head.num_classes, head.in_features)
+    if classifier.weight.shape[:2].numel() != classifier.weight.numel() or classifier.weight.shape[:2] != expected:
+        raise ShapeError(
+            f"a warm start needs a classifier with weights of shape {expected} (number of classes, features), got "
+            f"{tuple(classifier.weight.shape)}. Convert with the trained classifier's own number of classes."
+        )
+    if classifier.weight.is_meta:
+        raise ArgumentError(
+            "a warm start needs a trained classifier, got one without values (device meta). Load the weights first."
+        )
+    weight = classifier.weight.detach().flatten(1).double().cpu()
+    bias = weight.new_zeros(len(weight)) if classifier.bias is None else classifier.bias.detach().double().cpu()
+    if not bool(torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+        raise ArgumentError("a warm start needs finite weights and biases; the classifier's are not.")
+    return weight - weight.mean(dim=0), bias - bias.mean()
