@@ -25,12 +25,6 @@ SIZES = {name: SPECIAL_SIZES.get(name, (20, 5)) for name in CONSTRUCTIONS}
 OPTIMISED = ("separated", "uniform", "energy", "hpn")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_seeded: None) -> None:
-    # Matrices this small gain nothing from a second thread, and lose much where another process wants the core.
-    torch.set_num_threads(1)
-
-
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed)
 

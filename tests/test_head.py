@@ -217,6 +217,33 @@ def test_seed_decides_everything_and_the_global_generator_nothing():
     assert not torch.equal(first.projection[0].weight, other.projection[0].weight)
 
 
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_topk_in_chunks_is_topk_of_all_logits(k, monkeypatch):
+    monkeypatch.setattr("hyperproto.head.TOPK_CHUNK", 3)
+    head = HypersphericalHead(4, 7, bank=PrototypeBank(9, 4, method="random"), projection="none", logit_scale=1.0)
+    head.assign_(torch.tensor([8, 0, 3, 5, 1, 7, 2]))
+    embeddings = head.embed(rows(6, 4))
+    cosines, labels = head.topk(embeddings, k)
+    expected = head(embeddings).topk(k, dim=1)
+    torch.testing.assert_close(cosines, expected.values)
+    assert torch.equal(labels, expected.indices)
+
+
+def test_topk_refuses_what_it_cannot_rank():
+    head = HypersphericalHead(4, 7, projection="none")
+    for k in (0, 8):
+        with pytest.raises(ArgumentError, match=r"\[1, 7\]"):
+            head.topk(torch.zeros(2, 4), k)
+    with pytest.raises(ShapeError, match=r"\(B, 4\)"):
+        head.topk(torch.zeros(2, 7), 1)
+
+
+def test_a_head_of_embeddings_does_not_recover_them():
+    head = HypersphericalHead(12, 5, dim=4, training_output="embedding")
+    with pytest.raises(ShapeError, match="expects embeddings"):
+        head.recover_embeddings(torch.zeros(2, 5))
+
+
 # Life
 
 

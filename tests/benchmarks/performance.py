@@ -1,0 +1,334 @@
+"""Speed and memory beside peers, each pair measured in one run: prints the tables and writes docs/performance.md.
+
+    python tests/benchmarks/performance.py            about ten minutes on two cores; --quick for a smoke test
+
+Needs the `benchmarks` extra (pytorch-metric-learning, matplotlib). Ratios are what carries over to other machines.
+"""
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import scipy
+import torch
+from _measure import PeakMemory, in_new_process, time_calls
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import hyperproto
+
+BATCH, DIM = 256, 512
+HERE = Path(__file__)
+ROOT = HERE.parents[2]
+
+
+# The cases. Each runs in a process of its own and returns seconds and MiB.
+
+
+def timed(step: Callable[[], object], repeats: int) -> dict[str, float]:
+    step()
+    with PeakMemory() as memory:
+        seconds = time_calls(step, repeats=repeats, warm_up=1)
+    return {"seconds": seconds, "mib": memory.mib}
+
+
+def batch(num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(BATCH, DIM, generator=generator).requires_grad_()
+    return features, torch.randint(num_classes, (BATCH,), generator=generator)
+
+
+def linear_step(num_classes: int, repeats: int) -> dict[str, float]:
+    features, labels = batch(num_classes)
+    layer = nn.Linear(DIM, num_classes)
+
+    def step() -> None:
+        layer.zero_grad(set_to_none=True)
+        cross_entropy(layer(features), labels).backward()
+
+    return timed(step, repeats)
+
+
+def arcface_step(num_classes: int, repeats: int) -> dict[str, float]:
+    from pytorch_metric_learning.losses import ArcFaceLoss
+
+    features, labels = batch(num_classes)
+    loss = ArcFaceLoss(num_classes, DIM)
+
+    def step() -> None:
+        loss.zero_grad(set_to_none=True)
+        loss(features, labels).backward()
+
+    return timed(step, repeats)
+
+
+def head_step(
+    num_classes: int, repeats: int, output: str, dynamic: bool = False, projection: str = "none"
+) -> dict[str, float]:
+    features, labels = batch(num_classes)
+    bank = hyperproto.PrototypeBank(num_classes, DIM, method="random")  # the method plays no part in a step's cost
+    head = hyperproto.HypersphericalHead(
+        DIM, num_classes, bank=bank, projection=projection, training_output=output, logit_scale=10.0
+    )
+    criterion = hyperproto.BalancedLoss(hyperproto.DynamicAssigner(head) if dynamic else head)
+
+    def step() -> None:
+        head.zero_grad(set_to_none=True)
+        criterion(head(features), labels).backward()
+
+    trainable = sum(parameter.numel() * parameter.element_size() for parameter in head.parameters())
+    return timed(step, repeats) | {"trainable_bytes": trainable}
+
+
+def topk_evaluation(num_classes: int, chunked: bool) -> dict[str, float]:
+    bank = hyperproto.PrototypeBank(num_classes, DIM, method="random")
+    head = hyperproto.HypersphericalHead(
+        DIM, num_classes, bank=bank, projection="none", training_output="embedding", logit_scale=10.0
+    ).eval()
+    features = batch(num_classes)[0].detach()
+    with torch.no_grad():
+        if chunked:
+            return timed(lambda: head.topk(head.embed(features), 5), 3)
+        return timed(lambda: head(features).topk(5, dim=1), 3)
+
+
+def resnet_step(repeats: int, dynamic: bool) -> dict[str, float]:
+    import timm
+
+    model = hyperproto.convert_model(timm.create_model("resnet18", num_classes=1000), dim=DIM)
+    criterion = hyperproto.BalancedLoss(hyperproto.DynamicAssigner(model) if dynamic else model)
+    images, labels = torch.randn(BATCH, 3, 64, 64), batch(1000)[1]
+    return timed(lambda: criterion(model(images), labels).backward(), repeats)
+
+
+def update_alone(num_classes: int, output: str, repeats: int) -> dict[str, float]:
+    features, labels = batch(num_classes)
+    bank = hyperproto.PrototypeBank(num_classes, DIM, method="random")
+    head = hyperproto.HypersphericalHead(
+        DIM, num_classes, bank=bank, projection="none", training_output=output, logit_scale=10.0
+    )
+    assigner = hyperproto.DynamicAssigner(head)
+    returned = head(features).detach()
+    return timed(lambda: assigner.update(returned, labels), repeats)
+
+
+def bank(num_prototypes: int, dim: int, method: str) -> dict[str, float]:
+    with PeakMemory() as memory:
+        seconds = time_calls(lambda: hyperproto.PrototypeBank(num_prototypes, dim, method=method), repeats=1, warm_up=0)
+    report = hyperproto.PrototypeBank(num_prototypes, dim, method=method).report()
+    return {"seconds": seconds, "mib": memory.mib, "max_cosine": report.max_cosine, "bound": report.lower_bound}
+
+
+def published_bank(num_prototypes: int, dim: int, objective: str, steps: int = 1000) -> dict[str, float]:
+    """The recipes that papers publish banks with: SGD with momentum on rows that are normalised after each step."""
+    generator = torch.Generator().manual_seed(0)
+    points = nn.functional.normalize(torch.randn(num_prototypes, dim, generator=generator)).requires_grad_()
+    optimizer = torch.optim.SGD([points], lr=0.1, momentum=0.9)
+    off_diagonal = ~torch.eye(num_prototypes, dtype=torch.bool)
+
+    def run() -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            cosines = points @ points.T
+            if objective == "uniformity":
+                loss = (4.0 * cosines[off_diagonal] - 4.0).exp().mean().log()
+            else:
+                loss = (cosines - 2.0 * torch.eye(num_prototypes)).amax(dim=1).mean()
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                points.copy_(nn.functional.normalize(points))
+
+    with PeakMemory() as memory:
+        seconds = time_calls(run, repeats=1, warm_up=0)
+    report = hyperproto.PrototypeBank.from_tensor(points.detach()).report()
+    return {"seconds": seconds, "mib": memory.mib, "max_cosine": report.max_cosine, "bound": report.lower_bound}
+
+
+CASES = {
+    case.__name__: case
+    for case in (
+        linear_step,
+        arcface_step,
+        head_step,
+        topk_evaluation,
+        resnet_step,
+        update_alone,
+        bank,
+        published_bank,
+    )
+}
+
+
+# The tables
+
+
+def run(case: str, **arguments: object) -> dict[str, float]:
+    result = in_new_process(str(HERE), case, **arguments)
+    print(f"  {case} {arguments}: {result}", file=sys.stderr, flush=True)
+    return result
+
+
+def table(title: str, header: list[str], rows: list[list[str]]) -> str:
+    lines = [f"## {title}", "", f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows), ""])
+
+
+def step_table(quick: bool) -> tuple[str, dict[int, dict[str, float]]]:
+    rows, growth = [], {}
+    for num_classes in (1_000, 10_000) if quick else (1_000, 10_000, 100_000, 1_000_000):
+        repeats = 20 if num_classes <= 10_000 else 3
+        peer = run("linear_step", num_classes=num_classes, repeats=repeats)
+        entries = {"nn.Linear + cross-entropy": peer}
+        if num_classes <= 100_000:
+            entries["ArcFaceLoss (pytorch-metric-learning)"] = run(
+                "arcface_step", num_classes=num_classes, repeats=repeats
+            )
+            entries["head, logits"] = run("head_step", num_classes=num_classes, repeats=repeats, output="logits")
+        entries["head, embeddings"] = run("head_step", num_classes=num_classes, repeats=20, output="embedding")
+        growth[num_classes] = {name: entry["seconds"] for name, entry in entries.items()}
+        for name, entry in entries.items():
+            speed = peer["seconds"] / entry["seconds"]
+            rows.append(
+                [
+                    f"{num_classes:,}",
+                    name,
+                    f"{1e3 * entry['seconds']:.2f}",
+                    f"{speed:.2f}x",
+                    f"{entry['mib']:.0f}",
+                    f"{entry['trainable_bytes']:.0f}" if "trainable_bytes" in entry else f"{4 * num_classes * DIM:,}",
+                ]
+            )
+    header = ["C", "classifier and loss", "ms", "speed against nn.Linear", "peak MiB", "trainable bytes"]
+    return table(f"One training step, forward and backward (B = {BATCH}, D = {DIM})", header, rows), growth
+
+
+def dynamic_table(quick: bool) -> str:
+    rows = []
+    repeats = 10 if quick else 40
+    for output in ("logits", "embedding"):
+        for projection in ("none", "auto"):
+            arguments = {"num_classes": 1000, "repeats": repeats, "output": output, "projection": projection}
+            static, dynamic = run("head_step", **arguments), run("head_step", **arguments, dynamic=True)
+            rows.append(
+                [
+                    f"head, {output}, projection {projection}",
+                    f"{1e3 * static['seconds']:.2f}",
+                    f"{1e3 * dynamic['seconds']:.2f}",
+                    f"{dynamic['seconds'] / static['seconds']:.2f}",
+                ]
+            )
+    step = run("resnet_step", repeats=2 if quick else 5, dynamic=False)
+    for output in ("logits", "embedding"):
+        update = run("update_alone", num_classes=1000, output=output, repeats=repeats)
+        rows.append(
+            [
+                f"update alone in a resnet18 step at 64 px, {output}",
+                f"{1e3 * step['seconds']:.1f}",
+                f"{1e3 * (step['seconds'] + update['seconds']):.1f}",
+                f"{1 + update['seconds'] / step['seconds']:.4f}",
+            ]
+        )
+    header = ["step (C = 1,000)", "static, ms", "with assigner, ms", "ratio"]
+    return table("What being dynamic costs", header, rows)
+
+
+def evaluation_table(quick: bool) -> str:
+    rows = []
+    for num_classes in (10_000,) if quick else (100_000, 1_000_000):
+        plain, chunked = (run("topk_evaluation", num_classes=num_classes, chunked=chunked) for chunked in (False, True))
+        for name, entry in (("all logits, then topk", plain), ("head.topk", chunked)):
+            rows.append([f"{num_classes:,}", name, f"{1e3 * entry['seconds']:.0f}", f"{entry['mib']:.0f}"])
+    return table(f"Top 5 of a batch of {BATCH}", ["C", "way", "ms", "peak MiB"], rows)
+
+
+def bank_tables(quick: bool) -> str:
+    rows = []
+    for num, dim in ((100, 10),) if quick else ((100, 10), (100, 16), (100, 25), (100, 32), (200, 50), (1000, 128)):
+        entries = {
+            "separated": run("bank", num_prototypes=num, dim=dim, method="separated"),
+            "SGD on uniformity, 1000 steps [1]": run(
+                "published_bank", num_prototypes=num, dim=dim, objective="uniformity"
+            ),
+            "SGD on row maxima, 1000 steps [3]": run("published_bank", num_prototypes=num, dim=dim, objective="maxima"),
+        }
+        for name, entry in entries.items():
+            rows.append(
+                [
+                    f"{num} x {dim}",
+                    name,
+                    f"{entry['max_cosine']:.4f}",
+                    f"{entry['bound']:.4f}",
+                    f"{entry['seconds']:.2f}",
+                ]
+            )
+    text = table("Banks: largest cosine", ["C x D", "recipe", "largest cosine", "lower bound", "s"], rows)
+    large = ((6_000, 64),) if quick else ((21_841, 512), (100_000, 512), (1_000_000, 512), (60_000, 256))
+    rows = []
+    for num, dim in large:
+        entry = run("bank", num_prototypes=num, dim=dim, method="code")
+        size = 4 * num * dim / 2**20
+        rows.append(
+            [
+                f"{num:,} x {dim}",
+                f"{entry['max_cosine']:.4f}",
+                f"{entry['bound']:.4f}",
+                f"{entry['seconds']:.1f}",
+                f"{entry['mib']:.0f}",
+                f"{size:.0f}",
+            ]
+        )
+    header = ["C x D", "largest cosine", "lower bound", "s", "peak MiB", "the bank itself, MiB"]
+    return text + "\n" + table('Banks for very many classes: method "code"', header, rows)
+
+
+def draw_growth(growth: dict[int, dict[str, float]], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    for name in dict.fromkeys(name for entry in growth.values() for name in entry):
+        points = [(num, 1e3 * entry[name]) for num, entry in growth.items() if name in entry]
+        axes.loglog(*zip(*points, strict=True), marker="o", label=name)
+    axes.set(xlabel="classes C", ylabel="ms per step", title=f"forward, loss and backward (B = {BATCH}, D = {DIM})")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes, no page written")
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--arguments", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--assignment", type=Path, help="JSON lines of tests/benchmarks/assignment.py to include")
+    arguments = parser.parse_args()
+    if arguments.case:
+        print(json.dumps(CASES[arguments.case](**arguments.arguments)))
+        return
+    steps, growth = step_table(arguments.quick)
+    parts = [steps, dynamic_table(arguments.quick), evaluation_table(arguments.quick), bank_tables(arguments.quick)]
+    page = "\n".join(
+        [
+            "# Performance",
+            "",
+            f"Measured on {date.today()} with hyperproto {hyperproto.__version__}, Python {platform.python_version()}, "
+            f"torch {torch.__version__}, scipy {scipy.__version__}, {torch.get_num_threads()} threads on "
+            f"{platform.machine()}, no GPU. Each row is a process of its own; seconds are medians, memory is the peak "
+            "above what the process held before. Made by `python tests/benchmarks/performance.py`.",
+            "",
+            *parts,
+        ]
+    )
+    print(page)
+    if not arguments.quick:
+        draw_growth(growth, ROOT / "docs/images/growth.png")
+        (ROOT / "docs/performance.md").write_text(page)
+
+
+if __name__ == "__main__":
+    main()
