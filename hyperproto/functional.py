@@ -208,7 +208,7 @@ def squared_class_lengths(class_counts: Tensor, num_classes: int) -> Tensor:
         >>> squared_class_lengths(torch.tensor([30, 10]), 2)
         tensor([0.6667, 2.0000])
     """
-    counts = torch.as_tensor(class_counts).detach().double().cpu()
+    counts = torch.as_tensor(class_counts).detach().cpu().double()
     if counts.shape != (num_classes,):
         raise ArgumentError(f"class_counts must have shape ({num_classes},), got {tuple(counts.shape)}.")
     if not bool((torch.isfinite(counts) & (counts > 0)).all()):
@@ -293,9 +293,9 @@ def solve_assignment(
         normalise(prototypes.detach()).cpu(),
         current.cpu(),
     )
-    weights = None if weights is None else weights.detach().double().cpu()
+    weights = None if weights is None else weights.detach().cpu().double()
     if prices is not None:
-        prices = prices.detach().double().cpu()
+        prices = prices.detach().cpu().double()
     solution = None
     if method == "sparse" or (method == "auto" and num_classes >= SPARSE_FROM_CLASSES):
         solution = _solve_sparse(means, prototypes, current, weights, prices)

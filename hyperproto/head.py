@@ -293,7 +293,7 @@ class HypersphericalHead(nn.Module):
     def _refresh_frame_inverse(self) -> None:
         if self.frame_inverse is None or self.frame_inverse.is_meta or self.bank.prototypes.is_meta:
             return
-        frame = self.class_prototypes.double().cpu()
+        frame = self.class_prototypes.cpu().double()
         # Directions outside the span have eigenvalues at float32 rounding, about 1e-14; the cut lies well above.
         inverse = torch.linalg.pinv(frame.T @ frame, rtol=1e-10, hermitian=True)
         self.frame_inverse.copy_(inverse)

@@ -72,7 +72,7 @@ def to_linear(model: nn.Module) -> nn.Module:
 def _fold(head: HypersphericalHead, witness: Tensor | None) -> Leaf:
     """The head as a layer with the witness's device and dtype."""
     matrix, shift = _affine_of(head)
-    prototypes = float(head.logit_scale) * head.class_prototypes.double().cpu()  # (C, D)
+    prototypes = float(head.logit_scale) * head.class_prototypes.cpu().double()  # (C, D)
     weight, bias = (prototypes @ part for part in (matrix, shift))  # (C, in_features), (C,)
     layer = _layer(weight, bias, channels_first=isinstance(head, ChannelsFirstHead))
     if witness is None:
@@ -86,11 +86,11 @@ def _affine_of(head: HypersphericalHead) -> tuple[Tensor, Tensor]:
     layers = list(head.projection.modules())
     linear = next((layer for layer in layers if isinstance(layer, nn.Linear)), None)
     norm = next((layer for layer in layers if isinstance(layer, nn.BatchNorm1d)), None)
-    matrix = torch.eye(head.dim, dtype=torch.float64) if linear is None else linear.weight.double().cpu()
+    matrix = torch.eye(head.dim, dtype=torch.float64) if linear is None else linear.weight.cpu().double()
     if norm is None or norm.running_mean is None or norm.running_var is None:
         return matrix, shift
-    scale = norm.weight.double().cpu() / (norm.running_var.double().cpu() + norm.eps).sqrt()
-    return scale[:, None] * matrix, norm.bias.double().cpu() - scale * norm.running_mean.double().cpu()
+    scale = norm.weight.cpu().double() / (norm.running_var.cpu().double() + norm.eps).sqrt()
+    return scale[:, None] * matrix, norm.bias.cpu().double() - scale * norm.running_mean.cpu().double()
 
 
 def _layer(weight: Tensor, bias: Tensor, *, channels_first: bool) -> Leaf:

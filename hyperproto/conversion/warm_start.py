@@ -78,7 +78,7 @@ def warm_start_(
     """
     weight, bias = _centred(head, classifier)
     linear, batch_norm = _parts(head.projection)
-    prototypes = head.bank.prototypes.double().cpu()
+    prototypes = head.bank.prototypes.cpu().double()
     if assignment is None:
         assignment = _choose_assignment(weight, prototypes, rotate=linear is not None)
     check_assignment(assignment, head.num_classes, head.bank.num_prototypes)
@@ -144,8 +144,8 @@ def _centred(head: HypersphericalHead, classifier: nn.Linear | nn.Conv2d) -> tup
         raise ArgumentError(
             "a warm start needs a trained classifier, got one without values (device meta). Load the weights first."
         )
-    weight = classifier.weight.detach().flatten(1).double().cpu()
-    bias = weight.new_zeros(len(weight)) if classifier.bias is None else classifier.bias.detach().double().cpu()
+    weight = classifier.weight.detach().flatten(1).cpu().double()
+    bias = weight.new_zeros(len(weight)) if classifier.bias is None else classifier.bias.detach().cpu().double()
     if not bool(torch.isfinite(weight).all() and torch.isfinite(bias).all()):
         raise ArgumentError("a warm start needs finite weights and biases; the classifier's are not.")
     return weight - weight.mean(dim=0), bias - bias.mean()

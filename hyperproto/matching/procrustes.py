@@ -70,7 +70,7 @@ def align(vectors: Tensor, prototypes: Tensor, *, num_starts: int = 4, seed: int
         Schoenemann, A generalized solution of the orthogonal Procrustes problem, 1966.
     """
     _check(vectors, prototypes)
-    points, targets = vectors.detach().double().cpu(), prototypes.detach().double().cpu()
+    points, targets = vectors.detach().cpu().double(), prototypes.detach().cpu().double()
     generator = torch.Generator(device="cpu").manual_seed(seed)
     rotations = [_principal_rotation(points, targets)]
     rotations += [_random_rotation(targets.shape[1], points.shape[1], generator) for _ in range(num_starts - 1)]
