@@ -13,7 +13,7 @@ from hyperproto.errors import BankError, ShapeError
 from hyperproto.geometry import cosine_lower_bound, largest_cosines, normalise, sampled_largest_cosines
 from hyperproto.precision import keeping_dtype
 
-#: Up to here `report` compares every pair, in blocks: a minute on two cores at D = 512.
+#: Up to here `report` compares every pair, in blocks; the time for that grows with P^2 D.
 MOST_COMPARED_PROTOTYPES = 50_000
 #: Beyond, prototypes that are compared with all the others.
 SAMPLED_PROTOTYPES = 1024

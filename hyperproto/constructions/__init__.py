@@ -33,8 +33,8 @@ CONSTRUCTIONS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
     }
 )
 
-#: An optimiser's step costs P^2 D: minutes for the whole build at this size, hours at four times as many. Where no
-#: code serves more than that (in few dimensions), what is left is chance.
+#: An optimiser's step costs P^2 D, and a build takes hundreds of steps. Where no code serves more prototypes than this
+#: (in few dimensions), what is left is chance.
 MOST_OPTIMISED_PROTOTYPES = 4096
 
 

@@ -1,6 +1,6 @@
 """Speed and memory beside peers, each pair measured in one run: prints the tables and writes docs/performance.md.
 
-    python tests/benchmarks/performance.py            about ten minutes on two cores; --quick for a smoke test
+    python tests/benchmarks/performance.py            --quick for a smoke test
 
 Needs the `benchmarks` extra (pytorch-metric-learning, matplotlib). Ratios are what carries over to other machines. The
 assignment solvers have a script of their own, assignment.py.
