@@ -208,9 +208,10 @@ def test_assignment_stays_injective_and_similarity_never_falls(head, data, seed,
     assert len(assigner.history) == 2 * (len(assigner.history) // 2)
 
 
-@given(seed=SEEDS, num_classes=st.integers(2, 5), spare=st.integers(0, 2))
-def test_solution_equals_brute_force(seed, num_classes, spare):
-    means, prototypes = unit_rows(num_classes, 4, seed), unit_rows(num_classes + spare, 4, seed + 1)
+@given(seed=SEEDS, num_prototypes=st.integers(2, 7), data=st.data())
+def test_solution_equals_brute_force(seed, num_prototypes, data):
+    num_classes = data.draw(st.integers(2, num_prototypes))
+    means, prototypes = unit_rows(num_classes, 4, seed), unit_rows(num_prototypes, 4, seed + 1)
     solution = solve_assignment(means, prototypes)
     check_optimal(solution.assignment, means, prototypes, tolerance=1e-9)
     chosen = (means.double() * prototypes[solution.assignment].double()).sum()
