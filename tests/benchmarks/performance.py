@@ -319,7 +319,10 @@ def main() -> None:
             f"Measured on {date.today()} with hyperproto {hyperproto.__version__}, Python {platform.python_version()}, "
             f"torch {torch.__version__}, scipy {scipy.__version__}, {torch.get_num_threads()} threads on "
             f"{platform.machine()}, no GPU. Each row is a process of its own; seconds are medians, memory is the peak "
-            "above what the process held before. Made by `python tests/benchmarks/performance.py`.",
+            "above what the process held before. Made by `python tests/benchmarks/performance.py`. The assignment "
+            "solvers have a script of their own, `tests/benchmarks/assignment.py`.",
+            "",
+            "![Milliseconds of a training step against the number of classes.](images/growth.png)",
             "",
             *parts,
         ]
