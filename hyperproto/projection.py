@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hyperproto.errors import ShapeError
 from hyperproto.precision import full_precision, keeping_dtype
@@ -27,6 +28,18 @@ def build_projection(projection: Projection, in_features: int, dim: int, *, seed
         return nn.Identity()
     linear = SeededLinear(in_features, dim, seed=seed)
     return linear if projection == "linear" else nn.Sequential(linear, RowBatchNorm(dim))
+
+
+def layers_of(projection: nn.Module) -> tuple[nn.Linear | None, _BatchNorm | None]:
+    """The linear map and the batch norm of a projection, as far as it has them (SyncBatchNorm counts as one).
+
+    Example:
+        >>> layers_of(build_projection("linear", 4, 2, seed=0))
+        (SeededLinear(in_features=4, out_features=2, bias=False), None)
+    """
+    modules = list(projection.modules())
+    linear = next((module for module in modules if isinstance(module, nn.Linear)), None)
+    return linear, next((module for module in modules if isinstance(module, _BatchNorm)), None)
 
 
 class SeededLinear(nn.Linear):

@@ -20,6 +20,7 @@ from hyperproto import (
     convert_model,
     get_heads,
     restore_model,
+    to_linear,
 )
 
 #: One model of each way in which timm names a plain nn.Linear classifier, as small as there is.
@@ -221,3 +222,13 @@ def test_a_bank_that_does_not_fit_leaves_the_model():
     assert model.fc is linear
     with pytest.raises(HeadNotFoundError, match="nothing to restore"):
         restore_model(model)
+
+
+def test_folding_keeps_a_synchronised_batch_norm():
+    model = convert_model(nn.Sequential(nn.Flatten(), nn.Linear(12, 6)), dim=3, classifier="1")
+    features = torch.randn(40, 12)
+    for _ in range(5):
+        model(3.0 * features + 1.0)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model).eval()
+    expected = model(features).argmax(dim=1)
+    assert torch.equal(to_linear(model)(features).argmax(dim=1), expected)

@@ -10,6 +10,7 @@ from hyperproto.conversion.locate import Leaf
 from hyperproto.conversion.record import RECORD, get_record
 from hyperproto.errors import ArgumentError
 from hyperproto.head import HypersphericalHead, get_heads
+from hyperproto.projection import layers_of
 
 
 def to_linear(model: nn.Module) -> nn.Module:
@@ -83,9 +84,7 @@ def _fold(head: HypersphericalHead, witness: Tensor | None) -> Leaf:
 def _affine_of(head: HypersphericalHead) -> tuple[Tensor, Tensor]:
     """The projection in eval mode as x -> A x + b, in float64 on the CPU: (D, in_features), (D,)."""
     shift = torch.zeros(head.dim, dtype=torch.float64)
-    layers = list(head.projection.modules())
-    linear = next((layer for layer in layers if isinstance(layer, nn.Linear)), None)
-    norm = next((layer for layer in layers if isinstance(layer, nn.BatchNorm1d)), None)
+    linear, norm = layers_of(head.projection)
     matrix = torch.eye(head.dim, dtype=torch.float64) if linear is None else linear.weight.cpu().double()
     if norm is None or norm.running_mean is None or norm.running_var is None:
         return matrix, shift

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hyperproto.errors import ArgumentError, ShapeError
 from hyperproto.functional import solve_assignment
 from hyperproto.head import HypersphericalHead
 from hyperproto.matching.check import check_assignment
 from hyperproto.matching.procrustes import align
-from hyperproto.projection import RowBatchNorm
+from hyperproto.projection import layers_of
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def warm_start_(
         Schoenemann, A generalized solution of the orthogonal Procrustes problem, 1966.
     """
     weight, bias = _centred(head, classifier)
-    linear, batch_norm = _parts(head.projection)
+    linear, batch_norm = layers_of(head.projection)
     prototypes = head.bank.prototypes.cpu().double()
     if assignment is None:
         assignment = _choose_assignment(weight, prototypes, rotate=linear is not None)
@@ -103,7 +104,7 @@ def _choose_assignment(weight: Tensor, prototypes: Tensor, *, rotate: bool) -> T
     return solve_assignment(weight, prototypes, weights=weight.norm(dim=1)).assignment
 
 
-def _set_batch_norm_(batch_norm: nn.BatchNorm1d, projection: Tensor, bias: Tensor) -> None:
+def _set_batch_norm_(batch_norm: _BatchNorm, projection: Tensor, bias: Tensor) -> None:
     """Let batch norm add the bias in eval mode and do about the same in train mode, where it divides by the spread.
 
     The spread of each dimension is not known without data: taken as that of features whose entries are independent.
@@ -117,13 +118,6 @@ def _set_batch_norm_(batch_norm: nn.BatchNorm1d, projection: Tensor, bias: Tenso
         "bias": torch.zeros_like(bias),
     }
     batch_norm.load_state_dict(start)
-
-
-def _parts(projection: nn.Module) -> tuple[nn.Linear | None, nn.BatchNorm1d | None]:
-    """The linear map and the batch norm of a projection, as far as it has them."""
-    modules = list(projection.modules())
-    linear = next((module for module in modules if isinstance(module, nn.Linear)), None)
-    return linear, next((module for module in modules if isinstance(module, RowBatchNorm)), None)
 
 
 def _squared_cosine(matrix: Tensor, weight: Tensor) -> float:
