@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hyperproto import BankError
 from hyperproto.constructions import CONSTRUCTIONS, MOST_OPTIMISED_PROTOTYPES, choose_method
-from hyperproto.constructions._optimise import Objective, minimise, progress_bar
+from hyperproto.constructions._optimise import SUM_BLOCK, Objective, minimise, progress_bar, weighted_sums
 from hyperproto.constructions._rotation import random_frame
 from hyperproto.constructions.energy import energy_points, riesz_energy
 from hyperproto.constructions.hpn import smooth_row_maxima
@@ -292,14 +292,30 @@ def test_minimise_stays_at_a_minimum():
     assert torch.equal(points, -target)
 
 
-def test_the_number_of_threads_changes_no_bit():
+OBJECTIVES = {
+    "separated": partial(smooth_maximum, beta=64.0),
+    "hpn": partial(smooth_row_maxima, beta=64.0),
+    "energy": partial(riesz_energy, power=1, half_space=True),
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_the_number_of_threads_changes_no_bit(objective):
     start = CONSTRUCTIONS["random"](777, 67, generator()).double()
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        objective = partial(smooth_maximum, beta=64.0)
         results.append(minimise(objective, start, iterations=5, tolerance=0.0, advance=[].append))
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("num_terms", [1, SUM_BLOCK - 1, SUM_BLOCK, SUM_BLOCK + 1, 3 * SUM_BLOCK])
+def test_weighted_sums_are_numpys(num_terms):
+    weights = torch.randn(5, num_terms, generator=generator(), dtype=torch.float64)
+    points = torch.randn(num_terms, 3, generator=generator(), dtype=torch.float64)
+    torch.testing.assert_close(
+        weighted_sums(weights, points), torch.from_numpy(weights.numpy() @ points.numpy()), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_progress_does_without_tqdm(capsys, monkeypatch):

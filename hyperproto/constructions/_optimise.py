@@ -3,9 +3,9 @@ r"""Minimising a function of unit rows: L-BFGS in float64, and annealing of smoo
 Rows stay on the sphere by parametrisation: the variable is any matrix X, the function sees :math:`x / \lVert x \rVert`
 of its rows. The gradient by x is then the part tangent to the sphere, divided by the length of x.
 
-The optimiser is ours rather than scipy's for two reasons. Sums are taken row by row, so that a bank does not depend
-on the number of threads, which launchers such as torchrun change. And scipy brings a second pool of threads, which
-fights with torch's for the cores: many times slower on a small machine.
+The optimiser is ours rather than scipy's for two reasons. Sums are taken in an order that does not depend on the
+number of threads, which launchers such as torchrun change, so that the bank does not either. And scipy brings a
+second pool of threads, which fights with torch's for the cores: many times slower on a small machine.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ FIRST_STEP = 0.1
 #: Share of the decrease promised by the slope that a step must keep (Armijo's condition).
 SUFFICIENT_DECREASE = 1e-4
 SMALLEST_STEP = 1e-12
+
+#: Terms that `weighted_sums` leaves to one matrix product. Over many more, the library beneath gives each thread a
+#: share of the terms, and rounding then shows how many threads there were.
+SUM_BLOCK = 256
 
 #: Sharpness of a smooth maximum: from a rounded landscape to one where only the nearest pairs count.
 BETAS = tuple(4.0**exponent for exponent in range(9))
@@ -131,6 +135,27 @@ def minimise(
             break
     advance(left)
     return variable / variable.norm(dim=1, keepdim=True)
+
+
+def weighted_sums(weights: Tensor, points: Tensor) -> Tensor:
+    """`weights @ points`, with the same bits on any number of threads.
+
+    Args:
+        weights: (N, P).
+        points: (P, D).
+
+    Returns:
+        (N, D).
+
+    Example:
+        >>> weighted_sums(torch.tensor([[0.5, 0.25]]), torch.eye(2))
+        tensor([[0.5000, 0.2500]])
+    """
+    sums = points.new_zeros(len(weights), points.shape[1])
+    blocks = zip(torch.split(weights, SUM_BLOCK, dim=1), torch.split(points, SUM_BLOCK), strict=True)
+    for weights_block, points_block in blocks:
+        sums.addmm_(weights_block, points_block)
+    return sums
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hyperproto.constructions._optimise import converge
+from hyperproto.constructions._optimise import converge, weighted_sums
 from hyperproto.constructions.random import random_points
 
 #: Squared distances below this count as this: a start with coincident rows must not give infinite forces.
@@ -75,7 +75,7 @@ def riesz_energy(points: Tensor, power: int, half_space: bool) -> tuple[float, T
         potential, slope = potential + opposite_potential, slope - opposite_slope
     num_pairs = len(points) * (len(points) - 1)
     value = potential.fill_diagonal_(0.0).sum(dim=1).sum() / num_pairs
-    return float(value), (slope.fill_diagonal_(0.0) @ points).mul_(2.0 / num_pairs)
+    return float(value), weighted_sums(slope.fill_diagonal_(0.0), points).mul_(2.0 / num_pairs)
 
 
 def _potential(cosines: Tensor, power: int) -> tuple[Tensor, Tensor]:

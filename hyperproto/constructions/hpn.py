@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hyperproto.constructions._optimise import anneal
+from hyperproto.constructions._optimise import anneal, weighted_sums
 from hyperproto.constructions.random import random_points
 from hyperproto.geometry import largest_cosines
 
@@ -60,5 +60,5 @@ def smooth_row_maxima(points: Tensor, beta: float) -> tuple[float, Tensor]:
     exponents.fill_diagonal_(-torch.inf)
     maxima = exponents.logsumexp(dim=1, keepdim=True)
     weights = exponents.sub_(maxima).exp_()  # each row sums to 1
-    gradient = (weights @ points + weights.T @ points).div_(len(points))
+    gradient = weighted_sums(weights + weights.T, points).div_(len(points))
     return float(maxima.sum() / (beta * len(points))), gradient

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hyperproto.constructions._optimise import anneal
+from hyperproto.constructions._optimise import anneal, weighted_sums
 from hyperproto.constructions.random import random_points
 from hyperproto.geometry import largest_cosines
 
@@ -60,4 +60,4 @@ def smooth_maximum(points: Tensor, beta: float) -> tuple[float, Tensor]:
     weights = exponents.sub_(largest).exp_()
     # Row by row: a sum over everything at once would depend on the number of threads in its last digits.
     total = weights.sum(dim=1).sum()
-    return float((largest + total.log()) / beta), (weights @ points).mul_(2.0 / total)
+    return float((largest + total.log()) / beta), weighted_sums(weights, points).mul_(2.0 / total)

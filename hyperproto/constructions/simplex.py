@@ -61,7 +61,7 @@ def regular_simplex(num_points: int) -> Tensor:
         (P, P - 1) float64.
 
     Example:
-        >>> regular_simplex(2).flatten().tolist()
+        >>> regular_simplex(2).float().flatten().tolist()
         [1.0, -1.0]
     """
     k = torch.arange(1, num_points, dtype=torch.float64, device="cpu")
