@@ -1,12 +1,13 @@
 """Exact assignment: hyperproto's sparse solver beside scipy's dense one, on four shapes of class means.
 
-    python tests/benchmarks/assignment.py --quick             # sizes of a few thousand labels, under a minute
-    python tests/benchmarks/assignment.py --out figures.jsonl # all sizes; --only 8000 for one of them
+    python tests/benchmarks/assignment.py --quick             # one size of two thousand labels, under a minute
+    python tests/benchmarks/assignment.py                     # all sizes; --only 8000 for one of them
 
-Every row runs in a process of its own. Seconds are wall time; CPU seconds are given too, since a busy machine
-stretches the former. The peer's are those of scipy.optimize.linear_sum_assignment alone, without making its matrix.
-"warm" is a second solve from the first one's assignment and prices, with means moved a little. Memory is the growth of
-the peak of the process over what it had with the inputs and scipy loaded.
+The table of all sizes is part of docs/performance.md, which performance.py makes. Every row runs in a process of its
+own. Seconds are wall time; CPU seconds are given too, since a busy machine stretches the former. The peer is
+scipy.optimize.linear_sum_assignment, with and without the seconds that its matrix takes. "warm" is a second solve from
+the first one's assignment and prices, with means moved a little. Memory is the growth of the peak of the process over
+what it had with the inputs and scipy loaded.
 """
 
 import argparse
@@ -86,6 +87,11 @@ def run_sparse(shape, num_classes, dim):
     }
 
 
+def cosines(means, prototypes):
+    """The whole matrix in float64, as the dense solver takes it."""
+    return (means.double() @ prototypes.double().T).numpy()
+
+
 def run_dense(shape, num_classes, dim):
     from scipy.optimize import linear_sum_assignment
 
@@ -94,10 +100,11 @@ def run_dense(shape, num_classes, dim):
     means, prototypes = problem(shape, num_classes, dim)
     linear_sum_assignment([[0.0]])
     before = peak_mib()
-    similarity = normalise(means).double().numpy() @ normalise(prototypes).double().numpy().T
+    similarity, matrix_seconds, _ = measured(cosines, normalise(means), normalise(prototypes))
     (rows, columns), seconds, cpu = measured(linear_sum_assignment, similarity, maximize=True)
     return {
         "seconds": seconds,
+        "with_matrix": seconds + matrix_seconds,
         "cpu": cpu,
         "mib": peak_mib() - before,
         "total": float(similarity[rows, columns].sum()),
@@ -109,27 +116,38 @@ def in_own_process(solver, shape, num_classes, dim):
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
 
 
-HEADING = (
-    "labels  dim shape       |  seconds      cpu     warm    MiB | scipy s      cpu    MiB |  ratio of cpu  proven"
-)
+def measure(quick=False, only=None):
+    """The rows of all sizes, one after the other."""
+    for num_classes, dim in SIZES["quick" if quick else "full"]:
+        if only not in (None, num_classes):
+            continue
+        for shape in SHAPES if num_classes < 100_000 else LARGEST_SHAPES:
+            row = {"shape": shape, "num_classes": num_classes, "dim": dim}
+            row["sparse"] = in_own_process("sparse", shape, num_classes, dim)
+            row["dense"] = in_own_process("dense", shape, num_classes, dim) if num_classes <= LARGEST_DENSE else None
+            yield row
 
 
-def line(row):
+HEADING = ("labels", "dim", "means", "s", "cpu s", "warm s", "MiB", "scipy s", "with matrix", "MiB", "ratio", "proven")
+
+
+def cells(row):
+    """The texts of a row of the table under `HEADING`; the ratio is scipy's wall seconds over ours."""
     ours, peer = row["sparse"], row["dense"]
-    text = f"{row['num_classes']:>6} {row['dim']:>4} {row['shape']:<11} | {ours['seconds']:8.2f} {ours['cpu']:8.2f} "
-    text += f"{ours['warm_seconds']:8.2f} {ours['mib']:6.0f} | "
+    texts = [f"{row['num_classes']:,}", str(row["dim"]), row["shape"]]
+    texts += [f"{ours[name]:.2f}" for name in ("seconds", "cpu", "warm_seconds")] + [f"{ours['mib']:.0f}"]
     if peer is None:
-        return f"{text}      -        -      - |      -      -  {ours['optimal']}"
-    ratio, cpu_ratio = peer["seconds"] / ours["seconds"], peer["cpu"] / ours["cpu"]
-    text += f"{peer['seconds']:7.2f} {peer['cpu']:8.2f} {peer['mib']:6.0f} | {ratio:6.1f} {cpu_ratio:6.1f}  "
-    return f"{text}{ours['optimal']}, totals differ by {abs(ours['total'] - peer['total']):.0e}"
+        return [*texts, "-", "-", "-", "-", "yes" if ours["optimal"] else "no"]
+    if abs(ours["total"] - peer["total"]) > 1e-6:
+        raise RuntimeError(f"{row}: the totals differ")
+    texts += [f"{peer['seconds']:.2f}", f"{peer['with_matrix']:.2f}", f"{peer['mib']:.0f}"]
+    return [*texts, f"{peer['seconds'] / ours['seconds']:.1f}", "yes" if ours["optimal"] else "no"]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one small size")
     parser.add_argument("--only", type=int, help="only this number of labels")
-    parser.add_argument("--out", help="write the figures to this file, one JSON object a line")
     parser.add_argument("--row", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.row:
@@ -137,20 +155,10 @@ def main():
         run = run_sparse if solver == "sparse" else run_dense
         print(json.dumps(run(shape, int(num_classes), int(dim))))
         return
-    print(HEADING, flush=True)
-    rows = []
-    for num_classes, dim in SIZES["quick" if arguments.quick else "full"]:
-        if arguments.only not in (None, num_classes):
-            continue
-        for shape in SHAPES if num_classes < 100_000 else LARGEST_SHAPES:
-            row = {"shape": shape, "num_classes": num_classes, "dim": dim}
-            row["sparse"] = in_own_process("sparse", shape, num_classes, dim)
-            row["dense"] = in_own_process("dense", shape, num_classes, dim) if num_classes <= LARGEST_DENSE else None
-            rows.append(row)
-            print(line(row), flush=True)
-            if arguments.out:
-                with open(arguments.out, "w") as file:
-                    file.writelines(json.dumps(each) + "\n" for each in rows)
+    line = "{:>7} {:>4} {:<10} {:>7} {:>7} {:>7} {:>6} {:>8} {:>11} {:>6} {:>7} {:>6}"
+    print(line.format(*HEADING), flush=True)
+    for row in measure(arguments.quick, arguments.only):
+        print(line.format(*cells(row)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
 """Speed and memory beside peers, each pair measured in one run: prints the tables and writes docs/performance.md.
 
-    python tests/benchmarks/performance.py            --quick for a smoke test
+    python tests/benchmarks/performance.py                        # all of it: about half an hour on two idle cores
+    python tests/benchmarks/performance.py --section dynamic      # measure one section again, keep the others
+    python tests/benchmarks/performance.py --quick                # a smoke test: small sizes, no page written
 
-Needs the `benchmarks` extra (pytorch-metric-learning, matplotlib). Ratios are what carries over to other machines. The
-assignment solvers have a script of their own, assignment.py.
+Needs the `benchmarks` extra (pytorch-metric-learning, matplotlib). Ratios are what carries over to other machines.
 """
 
 import argparse
 import json
 import platform
+import re
 import sys
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
+import assignment
 import scipy
 import torch
 from _measure import PeakMemory, in_new_process, time_calls
@@ -179,7 +182,7 @@ def table(title: str, header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows), ""])
 
 
-def step_table(quick: bool) -> tuple[str, dict[int, dict[str, float]]]:
+def step_section(quick: bool) -> str:
     rows, growth = [], {}
     for num_classes in (1_000, 10_000) if quick else (1_000, 10_000, 100_000, 1_000_000):
         repeats = 20 if num_classes <= 10_000 else 3
@@ -205,10 +208,13 @@ def step_table(quick: bool) -> tuple[str, dict[int, dict[str, float]]]:
                 ]
             )
     header = ["C", "classifier and loss", "ms", "speed against nn.Linear", "peak MiB", "trainable bytes"]
-    return table(f"One training step, forward and backward (B = {BATCH}, D = {DIM})", header, rows), growth
+    text = table(f"One training step, forward and backward (B = {BATCH}, D = {DIM})", header, rows)
+    if not quick:
+        draw_growth(growth, ROOT / "docs/images/growth.png")
+    return text + "\n![Milliseconds of a training step against the number of classes.](images/growth.png)\n"
 
 
-def dynamic_table(quick: bool) -> str:
+def dynamic_section(quick: bool) -> str:
     rows = []
     repeats = 10 if quick else 40
     for output in ("logits", "embedding"):
@@ -238,7 +244,7 @@ def dynamic_table(quick: bool) -> str:
     return table("What being dynamic costs", header, rows)
 
 
-def evaluation_table(quick: bool) -> str:
+def evaluation_section(quick: bool) -> str:
     rows = []
     for num_classes in (10_000,) if quick else (100_000, 1_000_000):
         plain, chunked = (run("topk_evaluation", num_classes=num_classes, chunked=chunked) for chunked in (False, True))
@@ -247,7 +253,7 @@ def evaluation_table(quick: bool) -> str:
     return table(f"Top 5 of a batch of {BATCH}", ["C", "way", "ms", "peak MiB"], rows)
 
 
-def bank_tables(quick: bool) -> str:
+def bank_section(quick: bool) -> str:
     rows = []
     for num, dim in ((100, 10),) if quick else ((100, 10), (100, 16), (100, 25), (100, 32), (200, 50), (1000, 128)):
         entries = {
@@ -287,6 +293,19 @@ def bank_tables(quick: bool) -> str:
     return text + "\n" + table('Banks for very many classes: method "code"', header, rows)
 
 
+def assignment_section(quick: bool) -> str:
+    rows = []
+    for row in assignment.measure(quick):
+        rows.append(assignment.cells(row))
+        print(f"  {row}", file=sys.stderr, flush=True)
+    text = table("The assignment step, exact, beside scipy.optimize.linear_sum_assignment", [*assignment.HEADING], rows)
+    return (
+        f"{text}\nMeans: random; nearly coinciding (an early epoch); in 20 tight clusters; each nearest its own "
+        "prototype (trained). The ratio is scipy's seconds without those for its matrix over ours. "
+        "Warm: from the prices of the step before, after small moves.\n"
+    )
+
+
 def draw_growth(growth: dict[int, dict[str, float]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
@@ -301,36 +320,57 @@ def draw_growth(growth: dict[int, dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+SECTIONS = {
+    "steps": step_section,
+    "dynamic": dynamic_section,
+    "assignment": assignment_section,
+    "evaluation": evaluation_section,
+    "banks": bank_section,
+}
+PAGE = ROOT / "docs/performance.md"
+
+
+def conditions() -> str:
+    """Where and when a section was measured."""
+    return (
+        f"*Measured on {date.today()}: hyperproto {hyperproto.__version__}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, scipy {scipy.__version__}, {torch.get_num_threads()} threads, "
+        f"{platform.machine()}, no GPU.*"
+    )
+
+
+def write_page(sections: dict[str, str]) -> None:
+    """The page with new texts for some sections and the old ones for the others."""
+    old = PAGE.read_text() if PAGE.exists() else ""
+    for name in SECTIONS:
+        found = re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", old, flags=re.DOTALL)
+        if found:
+            sections.setdefault(name, found[1])
+    head = (
+        "# Performance\n\nMade by `python tests/benchmarks/performance.py`. Each row is a process of its own; seconds "
+        "are medians, memory is the peak above what the process held before. Ratios are what carries over to other "
+        "machines.\n\n"
+    )
+    PAGE.write_text(
+        head + "\n".join(f"<!-- {name} -->\n{sections[name]}<!-- end -->\n" for name in SECTIONS if name in sections)
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, no page written")
+    parser.add_argument("--section", choices=SECTIONS, help="only this one")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--arguments", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
         print(json.dumps(CASES[arguments.case](**arguments.arguments)))
         return
-    steps, growth = step_table(arguments.quick)
-    parts = [steps, dynamic_table(arguments.quick), evaluation_table(arguments.quick), bank_tables(arguments.quick)]
-    page = "\n".join(
-        [
-            "# Performance",
-            "",
-            f"Measured on {date.today()} with hyperproto {hyperproto.__version__}, Python {platform.python_version()}, "
-            f"torch {torch.__version__}, scipy {scipy.__version__}, {torch.get_num_threads()} threads on "
-            f"{platform.machine()}, no GPU. Each row is a process of its own; seconds are medians, memory is the peak "
-            "above what the process held before. Made by `python tests/benchmarks/performance.py`. The assignment "
-            "solvers have a script of their own, `tests/benchmarks/assignment.py`.",
-            "",
-            "![Milliseconds of a training step against the number of classes.](images/growth.png)",
-            "",
-            *parts,
-        ]
-    )
-    print(page)
-    if not arguments.quick:
-        draw_growth(growth, ROOT / "docs/images/growth.png")
-        (ROOT / "docs/performance.md").write_text(page)
+    for name in [arguments.section] if arguments.section else SECTIONS:
+        text = f"{SECTIONS[name](arguments.quick)}\n{conditions()}\n"
+        print(text, flush=True)
+        if not arguments.quick:
+            write_page({name: text})
 
 
 if __name__ == "__main__":
