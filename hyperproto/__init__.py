@@ -13,12 +13,14 @@ from hyperproto.errors import (
     ArgumentError,
     AssignmentError,
     BankError,
+    CheckpointError,
     HeadNotFoundError,
     HyperprotoError,
     LabelError,
     NotLinearError,
     ShapeError,
 )
+from hyperproto.fitting.fit_head import HeadFit, fit_head
 from hyperproto.functional import AssignmentSolution
 from hyperproto.head import HypersphericalHead, get_heads
 from hyperproto.losses import BalancedLoss, LongTailLoss, PrototypeCrossEntropyLoss
@@ -34,7 +36,9 @@ __all__ = [
     "BalancedLoss",
     "BankError",
     "BankReport",
+    "CheckpointError",
     "DynamicAssigner",
+    "HeadFit",
     "HeadNotFoundError",
     "HyperprotoError",
     "HypersphericalHead",
@@ -46,6 +50,7 @@ __all__ = [
     "ShapeError",
     "convert_model",
     "describe",
+    "fit_head",
     "fit_logit_scale",
     "functional",
     "get_heads",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hyperproto.errors import ArgumentError, AssignmentError, BankError, ShapeError
+from hyperproto.checkpoint import check_format, format_version, stamp_format_
+from hyperproto.errors import ArgumentError, AssignmentError, BankError, CheckpointError, ShapeError
 from hyperproto.functional import AssignmentMethod, solve_assignment
 from hyperproto.geometry import largest_cosines, normalise
 from hyperproto.head import HypersphericalHead, require_heads
@@ -73,15 +74,19 @@ class DynamicAssigner(nn.Module):
         momentum: weight mu of the OLD mean, in [0, 1); None for the plain mean of all embeddings since the last step.
             The code published with the paper has an effective 0.95 where the paper says 0.9.
         solver: method of `functional.solve_assignment`.
+        process_group: the ranks that `step` combines, those that share out the data; by default all. Where several
+            ranks get the same data, as in tensor parallelism, it is the group of one of each.
 
     Attributes:
         class_means: (C, D) float32 buffer, unit rows; zero for a label never seen.
-        class_counts: (C,) float32 buffer, samples seen of each label (sums of weights for soft targets).
+        class_counts: (C,) float32 buffer, samples seen of each label (sums of weights for soft targets): by all ranks
+            up to the last step, by this one since.
+        pending_counts: (C,) float32 buffer, samples that this rank has seen since the last step.
 
     Raises:
         HeadNotFoundError: source has no head.
         BankError: its heads do not share one bank.
-        ArgumentError: momentum outside [0, 1).
+        ArgumentError: momentum outside [0, 1), or a process group without this rank.
 
     Example:
         >>> head = HypersphericalHead(8, 4, dim=2)
@@ -97,25 +102,43 @@ class DynamicAssigner(nn.Module):
 
     class_means: Tensor
     class_counts: Tensor
+    combined_counts: Tensor
     pending_counts: Tensor
     class_sums: Tensor | None
     frozen: Tensor
     prices: Tensor
+    writers: Tensor
 
-    def __init__(self, source: nn.Module, *, momentum: float | None = 0.9, solver: AssignmentMethod = "auto") -> None:
+    def __init__(
+        self,
+        source: nn.Module,
+        *,
+        momentum: float | None = 0.9,
+        solver: AssignmentMethod = "auto",
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
         super().__init__()
         if momentum is not None and not 0.0 <= momentum < 1.0:
             raise ArgumentError(f"momentum is the weight of the old mean and must lie in [0, 1), got {momentum}.")
+        if process_group is not None and dist.get_rank(process_group) < 0:
+            raise ArgumentError(
+                f"expected a process group that rank {dist.get_rank()} belongs to, got one of other ranks. "
+                "Every rank needs the group that it shares out its data with: see torch.distributed.new_subgroups."
+            )
         # In a tuple, so that the model does not become a submodule of the criterion.
         self._heads = require_heads(source)
-        _check_shared_bank(self._heads)
+        check_shared_bank(self._heads)
         self.momentum = momentum
         self.solver: AssignmentMethod = solver
+        self.process_group = process_group
         self._history: list[AssignmentStep] = []
         head = self.head
         means = torch.zeros(head.num_classes, head.dim, dtype=torch.float32, device=head.assignment.device)
         self.register_buffer("class_means", means)
         self.register_buffer("class_counts", means.new_zeros(head.num_classes))
+        # At the last step. What this rank adds to, batch by batch, rounds otherwise than what other ranks add to.
+        self.register_buffer("combined_counts", means.new_zeros(head.num_classes))
+        self.register_buffer("format_version", format_version().to(means.device))
         # Of the samples since the last step: what each rank weighs by when ranks are combined.
         self.register_buffer("pending_counts", means.new_zeros(head.num_classes))
         self.register_buffer("class_sums", torch.zeros_like(means) if momentum is None else None)
@@ -123,6 +146,8 @@ class DynamicAssigner(nn.Module):
         prices = torch.zeros(head.bank.num_prototypes, dtype=torch.float32, device=means.device)
         self.register_buffer("prices", prices, persistent=False)
         self.register_buffer("frozen", torch.zeros((), dtype=torch.bool, device=means.device))
+        # Ranks that fed what is pending, as bits. Not in checkpoints: the rank that loads one need not be who saved it.
+        self.register_buffer("writers", torch.zeros((), dtype=torch.int64, device=means.device), persistent=False)
         self._equiangular = _is_equiangular(head)
 
     @property
@@ -142,6 +167,21 @@ class DynamicAssigner(nn.Module):
     def unfreeze(self) -> None:
         """Let steps change the assignment again."""
         self.frozen.fill_(False)
+
+    @torch.no_grad()
+    def forget(self, labels: Sequence[int]) -> None:
+        """Drop the class means of these labels and what is pending for them; in place. Their prototypes stay.
+
+        Under torch.distributed every rank must call it with the same labels.
+
+        Raises:
+            LabelError: not labels in [0, C).
+        """
+        index = torch.as_tensor(labels, dtype=torch.int64, device="cpu")
+        check_target(index, len(index), self.head.num_classes)
+        for buffer in (self.class_means, self.class_sums, self.pending_counts):
+            if buffer is not None:
+                buffer.index_fill_(0, index.to(buffer.device), 0.0)
 
     @torch.no_grad()
     def update(self, output: Tensor, target: Tensor) -> None:
@@ -168,20 +208,26 @@ class DynamicAssigner(nn.Module):
                 self._update_hard(embeddings, target)
             else:
                 self._update_soft(embeddings, target.float())
+        self.writers.bitwise_or_(_bit_of_this_rank())
 
     def step(self) -> AssignmentStep:
-        """Match labels to prototypes by the class means and write the assignment into the heads; in place.
+        r"""Match labels to prototypes by the class means and write the assignment into the heads; in place.
 
-        Under torch.distributed every rank must call it: means are combined over the ranks in one collective, each
-        weighed by its samples since the last step, and every rank arrives at the same assignment.
+        Under torch.distributed every rank of the process group must call it: means are combined over the ranks in one
+        collective, and all arrive at the same means and the same assignment, bit for bit. With `momentum=None` they
+        are what one process would have that saw all batches, to rounding. With a momentum every rank moves its own
+        means by its own batches, and they are combined with weights n, the samples of the label on each rank since
+        the last step; no order of the ranks enters but that in which torch.distributed adds up.
+
+        .. math:: m_c = \operatorname{normalise}\Big(\sum_r n_{rc} \, m_{rc}\Big)
 
         Returns:
             What changed.
 
         Raises:
             HeadNotFoundError: the head is no longer part of its model.
-            AssignmentError: class means that are not finite, with their labels; means and assignment stay as they
-                were. Zero those rows of `class_means` to forget them.
+            AssignmentError: class means that are not finite, with their labels, or state of one rank that was written
+                over another's; the same on every rank. Means and assignment stay as they were.
         """
         started = time.perf_counter()
         head = self.head
@@ -222,18 +268,17 @@ class DynamicAssigner(nn.Module):
         return f"num_classes={self.head.num_classes}, dim={self.head.dim}, momentum={self.momentum}"
 
     def _update_hard(self, embeddings: Tensor, labels: Tensor) -> None:
-        ordered, order, group = group_by_label(labels)
+        ordered, first = group_by_label(labels)
         ones = torch.ones_like(embeddings[:, 0])
-        sums = torch.zeros_like(embeddings).index_add_(0, group, embeddings[order])[group]  # (B, D)
-        counts = torch.zeros_like(ones).index_add_(0, group, ones)[group]  # (B,)
+        sums = torch.zeros_like(embeddings).index_add_(0, first, embeddings)  # (B, D), zero but for first places
+        counts = torch.zeros_like(ones).index_add_(0, first, ones)  # (B,)
         if self.class_sums is None:
-            old = self.class_means[ordered]
-            new = self._mix(old, sums / counts[:, None])
+            new = self._mix(self.class_means.index_select(0, ordered), sums, counts)
         else:
             self.class_sums.index_add_(0, labels, embeddings)
-            new = normalise(self.class_sums[ordered])
-        # Places of one label write equal rows.
-        self.class_means.index_copy_(0, ordered, new)
+            new = normalise(self.class_sums.index_select(0, ordered))
+        # Samples of one label write equal rows.
+        self.class_means.index_copy_(0, labels, new.index_select(0, first))
         self.class_counts.index_add_(0, labels, ones)
         self.pending_counts.index_add_(0, labels, ones)
 
@@ -241,7 +286,7 @@ class DynamicAssigner(nn.Module):
         sums = weights.T @ embeddings  # (C, D)
         counts = weights.sum(dim=0)  # (C,)
         if self.class_sums is None:
-            new = self._mix(self.class_means, sums / counts.clamp_min(1.0)[:, None])
+            new = self._mix(self.class_means.clone(), sums, counts)
         else:
             self.class_sums.add_(sums)
             new = normalise(self.class_sums)
@@ -249,10 +294,12 @@ class DynamicAssigner(nn.Module):
         self.class_counts.add_(counts)
         self.pending_counts.add_(counts)
 
-    def _mix(self, old: Tensor, new: Tensor) -> Tensor:
+    def _mix(self, means: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
+        """New means (N, D) from old ones, which are overwritten, and what was added up for them, N times."""
         # A label's old mean is zero before its first batch, which therefore sets it outright.
         momentum = 0.0 if self.momentum is None else self.momentum
-        return normalise(momentum * old + (1.0 - momentum) * new)
+        share = (1.0 - momentum) / counts.clamp_min(1.0)
+        return normalise(means.mul_(momentum).addcmul_(sums, share[:, None]))
 
     def _follow_device(self, device: torch.device) -> None:
         if self.class_means.device != device:
@@ -261,24 +308,25 @@ class DynamicAssigner(nn.Module):
     @torch.no_grad()
     def _combine_ranks(self) -> None:
         """Combine what the ranks have seen since the last step, check it, and start the next round of counting."""
+        # A rank without a batch has not followed the model yet, and NCCL takes no tensor of the CPU.
+        self._follow_device(self.head.assignment.device)
         means, total = self.class_means, self.pending_counts
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        evidence = means
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1:
             sums = means * total[:, None] if self.class_sums is None else self.class_sums
-            gathered = torch.cat([sums, total[:, None]], dim=1)  # (C, D + 1)
-            dist.all_reduce(gathered)
-            total = gathered[:, -1]
-            means = torch.where((total > 0)[:, None], normalise(gathered[:, :-1]), means)
-        finite = torch.isfinite(means).all(dim=1)
-        if not bool(finite.all()):
-            labels = torch.nonzero(~finite).flatten().tolist()
-            raise AssignmentError(
-                f"the class means of {len(labels)} labels are not finite: {labels[:10]}. The model returned NaN or "
-                "infinite values for them; the assignment is unchanged. Find the cause (learning rate, half "
-                "precision), then forget those means: assigner.class_means[labels] = 0."
-            )
+            overwritten = (self.writers & ~_bit_of_this_rank()) != 0
+            gathered = torch.cat([sums.flatten(), total, overwritten.float()[None]])  # (C D + C + 1,)
+            dist.all_reduce(gathered, group=self.process_group)
+            sums, total, overwritten = torch.split(gathered, [means.numel(), len(means), 1])
+            _check_not_overwritten(overwritten)
+            evidence = sums.view_as(means)
+            means = torch.where((total > 0)[:, None], normalise(evidence), means)
+        _check_finite(evidence, total)
         self.class_means.copy_(means)
-        self.class_counts.add_(total - self.pending_counts)
+        self.combined_counts.add_(total)
+        self.class_counts.copy_(self.combined_counts)
         self.pending_counts.zero_()
+        self.writers.zero_()
         if self.class_sums is not None:
             self.class_sums.zero_()
 
@@ -286,16 +334,63 @@ class DynamicAssigner(nn.Module):
         return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-        means = state_dict.get(prefix + "class_means")
-        if means is not None and means.shape != self.class_means.shape:
-            raise ShapeError(
-                f"the checkpoint's {prefix}class_means has shape {tuple(means.shape)}, this assigner expects "
-                f"{tuple(self.class_means.shape)} (number of labels, dimension)."
-            )
+        self._check_checkpoint(state_dict, prefix)
+        stamp_format_(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def _check_checkpoint(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        check_format(state_dict, prefix)
+        for name, own in self.named_buffers():
+            value = state_dict.get(prefix + name)
+            if value is not None and value.shape != own.shape:
+                raise ShapeError(
+                    f"the checkpoint's {prefix}{name} has shape {tuple(value.shape)}, this assigner expects "
+                    f"{tuple(own.shape)}. It was made for {self.head.num_classes} labels in dimension {self.head.dim}."
+                )
+        has_sums = prefix + "class_sums" in state_dict
+        if prefix + "class_means" in state_dict and has_sums != (self.class_sums is not None):
+            saved, own_momentum = "momentum=None" if has_sums else "a momentum", f"momentum={self.momentum}"
+            raise CheckpointError(
+                f"the checkpoint's {prefix}class_means were kept with {saved}, this assigner has {own_momentum}. "
+                "Make the assigner with the checkpoint's momentum before loading."
+            )
 
-def _check_shared_bank(heads: tuple[HypersphericalHead, ...]) -> None:
+
+def _bit_of_this_rank() -> int:
+    """What this rank signs `writers` with.
+
+    DistributedDataParallel broadcasts all buffers of the module that it wraps from one rank before each forward pass.
+    An assigner inside that module would lose what the other ranks saw, and nothing else would tell.
+    """
+    return 1 << (dist.get_rank() % 63 if dist.is_available() and dist.is_initialized() else 0)
+
+
+def _check_not_overwritten(num_ranks: Tensor) -> None:
+    if bool(num_ranks > 0):
+        raise AssignmentError(
+            f"on {int(num_ranks)} ranks the assigner's buffers were overwritten by another rank's: it is part of a "
+            "module wrapped by DistributedDataParallel. Wrap with forward_sync_buffers=False, or keep the assigner, "
+            "and the criterion that holds it, outside of what is wrapped."
+        )
+
+
+def _check_finite(evidence: Tensor, counts: Tensor) -> None:
+    finite = torch.isfinite(evidence).all(dim=1) & torch.isfinite(counts)
+    if not bool(finite.all()):
+        labels = torch.nonzero(~finite).flatten().tolist()
+        raise AssignmentError(
+            f"the class means of {len(labels)} labels are not finite: {labels[:10]}. The model returned NaN or "
+            "infinite values for them; the assignment is unchanged. Find the cause (learning rate, half "
+            "precision), then let the assigner forget them: assigner.forget(labels)."
+        )
+
+
+def check_shared_bank(heads: tuple[HypersphericalHead, ...]) -> None:
+    """Raise unless all heads have the same prototypes and the same assignment.
+
+    Raises:
+        BankError: they do not.
+    """
     first = heads[0]
     for other in heads[1:]:
         same_bank = other.bank is first.bank or torch.equal(other.bank.prototypes, first.bank.prototypes)

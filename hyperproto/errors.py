@@ -29,6 +29,10 @@ class AssignmentError(HyperprotoError, ValueError):
     """A label-to-prototype assignment is invalid or cannot be solved for."""
 
 
+class CheckpointError(HyperprotoError, ValueError):
+    """A checkpoint was written for something else than what it is loaded into."""
+
+
 class HeadNotFoundError(HyperprotoError, ValueError):
     """A model has no classifier to replace, or no hyperspherical head."""
 

@@ -1,7 +1,7 @@
 """The classifier that does not train: fixed prototypes, and which of them stands for which label."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal, get_args
 
 import torch
@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperproto.bank import PrototypeBank
-from hyperproto.errors import ArgumentError, BankError, HeadNotFoundError, NotLinearError, ShapeError
+from hyperproto.checkpoint import check_format, format_version, stamp_format_
+from hyperproto.errors import (
+    ArgumentError,
+    AssignmentError,
+    BankError,
+    HeadNotFoundError,
+    NotLinearError,
+    ShapeError,
+)
 from hyperproto.geometry import normalise, sampled_largest_cosines
 from hyperproto.matching.check import check_assignment
 from hyperproto.precision import full_precision, keeping_dtype
@@ -23,6 +31,10 @@ torch.fx.wrap("normalise")
 
 #: A sample exactly on its prototype gets about this probability under the default logit scale.
 PLACED_PROBABILITY = 0.99
+
+#: Largest difference of an entry between prototypes that count as the same: what other machines' rounding makes of one
+#: construction, and far below what separates two.
+SAME_PROTOTYPES = 1e-4
 
 #: Classes that `HypersphericalHead.topk` compares at a time.
 TOPK_CHUNK = 16_384
@@ -38,8 +50,8 @@ class HypersphericalHead(nn.Module):
     Everything from the normalisation on is computed in float32, also under autocast and in half-precision models.
 
     timm's `ModelEmaV3` and torch's `AveragedModel` copy integers, so that an average carries the latest assignment.
-    With `use_buffers=True` torch averages integers too: then give the averaged head the model's assignment again,
-    `averaged_head.assign_(head.assignment)`.
+    With `use_buffers=True` torch averages integers too, and the averaged head raises at evaluation until it is given
+    the model's assignment again, `averaged_head.assign_(head.assignment)`.
 
     Args:
         in_features: width of the features that come in.
@@ -61,6 +73,7 @@ class HypersphericalHead(nn.Module):
         ArgumentError: an option outside its range.
         BankError: the bank cannot be built or does not fit.
         ShapeError: at call, for features of another width.
+        AssignmentError: at call, in eval mode or under `no_grad`, where `assignment` was overwritten by no assignment.
 
     Example:
         >>> head = HypersphericalHead(64, 10, dim=5)
@@ -110,11 +123,14 @@ class HypersphericalHead(nn.Module):
         self.training_output = training_output
         # Set by what takes the head out of its model.
         self.retired = False
+        # The tensor, and how often it had been written, whose values `_check_written_assignment` saw last.
+        self._checked = (0, 0)
         self.projection = build_projection(projection, in_features, dim, seed=seed)
         self.bank = bank
         scale = default_logit_scale(bank, num_classes) if logit_scale is None else float(logit_scale)
         self.register_buffer("assignment", torch.arange(num_classes, device="cpu"))
         self.register_buffer("logit_scale", torch.tensor(scale, dtype=torch.float32, device="cpu"))
+        self.register_buffer("format_version", format_version())
         # A head that returns embeddings in training never recovers them, which would take a pass over all classes.
         inverse = torch.zeros(dim, dim, device="cpu", dtype=torch.float32) if training_output == "logits" else None
         self.register_buffer("frame_inverse", inverse, persistent=False)
@@ -131,13 +147,17 @@ class HypersphericalHead(nn.Module):
         embeddings = self.embed(features)
         if self.training and self.training_output == "embedding":
             return embeddings
+        if not torch.jit.is_scripting():
+            self._check_written_assignment()
         return scaled_cosines(embeddings, self.bank.prototypes, self.assignment, self.logit_scale)
 
     def embed(self, features: Tensor) -> Tensor:
         """(..., in_features) -> (..., D) unit rows in float32; a zero row stays zero."""
         if not torch.jit.is_scripting():
             check_features(features, self.in_features)
-        return normalise(self.projection(features))
+        # In rows: what torch.nn.SyncBatchNorm.convert_sync_batchnorm puts in takes the second dimension for channels.
+        rows = self.projection(features.flatten(0, -2))
+        return normalise(torch.unflatten(rows, 0, features.shape[:-1]))
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -196,8 +216,8 @@ class HypersphericalHead(nn.Module):
 
         .. math:: z = \tfrac{1}{s} \, \text{logits} \; W_\sigma (W_\sigma^\top W_\sigma)^{+}
 
-        Exact for the part of z within the span of the assigned prototypes; what is orthogonal to all of them
-        leaves no trace in any logit and is lost (nothing is lost where they span the space, as for C > D).
+        Exact for the part of z within their span; what is orthogonal to all of them leaves no
+        trace in any logit and is lost (nothing is lost where they span the space, as for C > D).
 
         Args:
             logits: (B, C).
@@ -211,8 +231,7 @@ class HypersphericalHead(nn.Module):
                 f"shape {tuple(logits.shape)}. Pass what the model returns in train mode, or head.embed(features)."
             )
         with full_precision(logits.device):
-            cosines = logits.float() / self.logit_scale
-            return cosines @ self.class_prototypes @ self.frame_inverse
+            return logits.float() @ self.class_prototypes @ (self.frame_inverse / self.logit_scale)
 
     def embeddings_from_output(self, output: Tensor) -> Tensor:
         """(B, D) embeddings from what the model returned: themselves, or recovered from logits.
@@ -274,6 +293,60 @@ class HypersphericalHead(nn.Module):
                 "assigner, criterion and optimizer."
             )
 
+    def _check_written_assignment(self) -> None:
+        """Raise if something has written to the buffer `assignment` what is no assignment; for evaluation only.
+
+        Averages over integers do that. The check waits for a GPU, but only after the buffer was written. It is left
+        to eager execution: a graph cannot raise by value, and in training buffers may be written at every step
+        (DistributedDataParallel broadcasts them).
+
+        Raises:
+            AssignmentError: the assignment is not injective.
+        """
+        if (self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+            return
+        assignment = self.assignment
+        # Tensors of torch.func.vmap count as never written; other subclasses of Tensor may have no values to look at.
+        if type(assignment) is not Tensor or assignment.is_meta or assignment.is_inference():
+            return
+        written = (id(assignment), assignment._version)
+        if assignment._version == 0 or written == self._checked:
+            return
+        try:
+            check_assignment(assignment, self.num_classes, self.bank.num_prototypes)
+        except AssignmentError as error:
+            raise AssignmentError(
+                f"the buffer `assignment` was written from outside, and is no assignment any more: {error} An average "
+                "over buffers does that (AveragedModel with use_buffers=True). Average without buffers, or give this "
+                "head the model's assignment before each evaluation: averaged_head.assign_(head.assignment)."
+            ) from error
+        self._checked = written
+
+    def check_checkpoint(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Raise unless this head can load what a `state_dict` holds for it under a prefix; changes nothing.
+
+        A head without values (on the device "meta", or made by `to_empty`) takes any bank of its shape.
+
+        Raises:
+            CheckpointError: written by a later version of this library.
+            BankError: other prototypes, in shape or in values.
+            AssignmentError: made for another number of labels, or no assignment.
+        """
+        check_format(state_dict, prefix)
+        prototypes = state_dict.get(prefix + "bank.prototypes")
+        if prototypes is not None:
+            _check_same_prototypes(self.bank.prototypes, prototypes, prefix + "bank.prototypes")
+        assignment = state_dict.get(prefix + "assignment")
+        if assignment is not None and not assignment.is_meta:
+            try:
+                check_assignment(assignment, self.num_classes, self.bank.num_prototypes)
+            except AssignmentError as error:
+                raise AssignmentError(
+                    f"the checkpoint's {prefix}assignment does not fit this head of {self.num_classes} labels: {error} "
+                    "Convert the model with the checkpoint's num_classes before loading, or drop the keys of the head "
+                    "to load the others."
+                ) from error
+
     def extra_repr(self) -> str:
         """What `repr` shows."""
         return (
@@ -305,20 +378,9 @@ class HypersphericalHead(nn.Module):
         return super()._apply(keeping_dtype(fn), recurse=False)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self._check_state(state_dict, prefix)
+        self.check_checkpoint(state_dict, prefix)
+        stamp_format_(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _check_state(self, state_dict: dict[str, Any], prefix: str) -> None:
-        prototypes = state_dict.get(prefix + "bank.prototypes")
-        if prototypes is not None and prototypes.shape != self.bank.prototypes.shape:
-            raise BankError(
-                f"the checkpoint's {prefix}bank.prototypes has shape {tuple(prototypes.shape)}, this head expects "
-                f"{tuple(self.bank.prototypes.shape)} (number of prototypes, dimension). "
-                "Convert the model with the checkpoint's dim and bank before loading."
-            )
-        assignment = state_dict.get(prefix + "assignment")
-        if assignment is not None and not assignment.is_meta:
-            check_assignment(assignment, self.num_classes, self.bank.num_prototypes)
 
 
 # A leaf to torch.fx: the buffers enter a traced graph by name, where gathering them while tracing would freeze the
@@ -405,5 +467,33 @@ def _check_options(
         raise ArgumentError(f"logit_scale must be finite and positive, got {logit_scale}.")
 
 
+def _check_same_prototypes(expected: Tensor, got: Tensor, name: str) -> None:
+    if got.shape != expected.shape:
+        raise BankError(
+            f"the checkpoint's {name} has shape {tuple(got.shape)}, this head expects {tuple(expected.shape)} (number "
+            "of prototypes, dimension). Convert the model with the checkpoint's dim and bank before loading."
+        )
+    if got.dtype != expected.dtype:
+        raise BankError(
+            f"the checkpoint's {name} has dtype {got.dtype}, prototypes are {expected.dtype} in every model. Leave "
+            "them out when a checkpoint is cast; or, if the bank was built as this head's, put them back: "
+            f'checkpoint["{name}"] = head.bank.prototypes.'
+        )
+    if got.is_meta or expected.is_meta:
+        return
+    difference = float((got.to(expected.device) - expected).abs().max())
+    # Memory that nothing was written to holds no unit rows.
+    have_values = bool(((expected.norm(dim=1) - 1.0).abs() < 0.01).all())
+    if have_values and not difference <= SAME_PROTOTYPES:
+        raise BankError(
+            f"the checkpoint's {name} holds other prototypes than this head: entries differ by up to {difference:.2g}. "
+            "Build the head with the same method and seed, or with the checkpoint's own prototypes: "
+            f'bank=PrototypeBank.from_tensor(checkpoint["{name}"]).'
+        )
+
+
 def _after_load(head: HypersphericalHead, incompatible_keys: object) -> None:
+    # No checkpoint has it: a head that comes from the device "meta" gets its place here.
+    if head.frame_inverse is not None and head.frame_inverse.is_meta:
+        head.frame_inverse = torch.empty_like(head.frame_inverse, device=head.bank.prototypes.device)
     head._refresh_frame_inverse()

@@ -16,7 +16,7 @@ Projection = Literal["auto", "none", "linear", "linear+bn"]
 
 
 def build_projection(projection: Projection, in_features: int, dim: int, *, seed: int) -> nn.Module:
-    """A module (..., in_features) -> (..., dim): nothing, a linear map, or that and batch norm ("auto").
+    """A module (B, in_features) -> (B, dim): nothing, a linear map, or that and batch norm ("auto").
 
     The linear map has no bias, so that scaling the features changes no direction. Batch norm centres the embeddings:
     pooled features behind a ReLU are non-negative, and prototypes point everywhere.
@@ -70,7 +70,7 @@ class SeededLinear(nn.Linear):
 
 
 class RowBatchNorm(nn.BatchNorm1d):
-    """Batch norm of the last dimension over all the others, in float32 whatever the model's dtype.
+    """Batch norm in float32, whatever the model's dtype.
 
     A batch of fewer than two rows has no variance: the running statistics serve it, as in eval mode, where
     `nn.BatchNorm1d` raises.
@@ -81,7 +81,7 @@ class RowBatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., D) -> (..., D) float32."""
+        """(B, D) -> (B, D) float32."""
         return _batch_norm(
             input,
             self.weight,
@@ -138,11 +138,12 @@ def _batch_norm(
     momentum: float | None,
     eps: float,
 ) -> Tensor:
-    rows = features.float().flatten(0, -2)  # (B, D)
-    of_batch = training and rows.shape[0] > 1
+    of_batch = training and features.shape[0] > 1
     share = 0.0 if momentum is None else momentum
     if of_batch and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
         if momentum is None:  # a plain average over batches, which torch.optim.swa_utils.update_bn asks for
             share = 1.0 / float(num_batches_tracked)
-    return F.batch_norm(rows, running_mean, running_var, weight, bias, of_batch, share, eps).view(features.shape)
+    # Parameters in another dtype are what fully_shard's mixed precision makes of them.
+    weight, bias = weight.float(), bias.float()
+    return F.batch_norm(features.float(), running_mean, running_var, weight, bias, of_batch, share, eps)

@@ -41,23 +41,23 @@ def check_target(target: Tensor, num_samples: int, num_classes: int) -> None:
             )
 
 
-def group_by_label(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def group_by_label(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Sort a batch by label, in O(B log B), without asking a GPU how many labels there are.
 
     Args:
         labels: (B,) int64.
 
     Returns:
-        `ordered` (B,) the labels sorted, `order` (B,) the sample at each place, and `group` (B,) the first place
-        that holds the same label: a number in [0, B) for each label present.
+        `ordered` (B,) the labels sorted, and `first` (B,) for each sample the first place in `ordered` that holds its
+        label: a number in [0, B) for each label present.
 
     Example:
-        >>> ordered, order, group = group_by_label(torch.tensor([7, 3, 7]))
-        >>> ordered.tolist(), order.tolist(), group.tolist()
-        ([3, 7, 7], [1, 0, 2], [0, 1, 1])
+        >>> ordered, first = group_by_label(torch.tensor([7, 3, 7]))
+        >>> ordered.tolist(), first.tolist()
+        ([3, 7, 7], [1, 0, 1])
     """
-    ordered, order = torch.sort(labels, stable=True)
-    return ordered, order, torch.searchsorted(ordered, ordered)
+    ordered = torch.sort(labels).values
+    return ordered, torch.searchsorted(ordered, labels.contiguous())
 
 
 def count_own_label(labels: Tensor) -> Tensor:
@@ -68,5 +68,6 @@ def count_own_label(labels: Tensor) -> Tensor:
         [2.0, 1.0, 2.0]
     """
     ordered = torch.sort(labels).values
+    labels = labels.contiguous()  # or searchsorted warns
     upper = torch.searchsorted(ordered, labels, right=True)
     return (upper - torch.searchsorted(ordered, labels)).float()

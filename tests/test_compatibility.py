@@ -15,7 +15,15 @@ from timm.utils import CheckpointSaver, ModelEmaV3, adaptive_clip_grad, freeze, 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from hyperproto import BalancedLoss, DynamicAssigner, HypersphericalHead, LongTailLoss, convert_model, get_heads
+from hyperproto import (
+    BalancedLoss,
+    DynamicAssigner,
+    HypersphericalHead,
+    LongTailLoss,
+    PrototypeBank,
+    convert_model,
+    get_heads,
+)
 
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -321,7 +329,7 @@ def test_a_state_dict_needs_no_pickle(name, tmp_path):
     model = converted(name)
     permute_(model)
     torch.save(model.state_dict(), tmp_path / "state.pt")
-    twin = converted(name, seed=1)
+    twin = converted(name, bank=PrototypeBank(NUM_CLASSES, 5), seed=1)
     twin.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert_same_state(twin, state_of(model))
 

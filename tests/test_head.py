@@ -259,13 +259,14 @@ def test_state_dict_round_trip():
     buffer = io.BytesIO()
     torch.save(source.state_dict(), buffer)
     buffer.seek(0)
-    target = HypersphericalHead(12, 5, bank=PrototypeBank(8, 4, seed=5), seed=5)
+    target = HypersphericalHead(12, 5, bank=PrototypeBank(8, 4), seed=5)
     target.load_state_dict(torch.load(buffer, weights_only=True))
     features = rows(3, 12)
     assert torch.equal(source.eval()(features), target.eval()(features))
     assert set(source.state_dict()) == {
         "assignment",
         "logit_scale",
+        "format_version",
         "bank.prototypes",
         "projection.0.weight",
         "projection.1.weight",

@@ -18,6 +18,7 @@ LAYERS = [
     "constructions",
     "bank",
     "matching",
+    "checkpoint",
     "projection",
     "head",
     "functional",
@@ -25,6 +26,7 @@ LAYERS = [
     "losses",
     "conversion",
     "calibration",
+    "fitting",
     "testing",
 ]
 

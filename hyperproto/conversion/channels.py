@@ -24,5 +24,7 @@ class ChannelsFirstHead(HypersphericalHead):
         """(B, in_features, H, W) -> (B, C, H, W) logits, or (B, D, H, W) embeddings in train mode if so chosen."""
         rows = self.embed(features.permute(0, 2, 3, 1))
         if not (self.training and self.training_output == "embedding"):
+            if not torch.jit.is_scripting():
+                self._check_written_assignment()
             rows = scaled_cosines(rows, self.bank.prototypes, self.assignment, self.logit_scale)
         return rows.permute(0, 3, 1, 2)

@@ -9,7 +9,8 @@ from torch import nn
 from hyperproto.bank import PrototypeBank
 from hyperproto.conversion.channels import ChannelsFirstHead
 from hyperproto.conversion.describe import describe
-from hyperproto.conversion.locate import Leaf, find_classifiers, num_inputs, num_outputs
+from hyperproto.conversion.loading import check_before_loading
+from hyperproto.conversion.locate import Leaf, check_unwrapped, find_classifiers, num_inputs, num_outputs
 from hyperproto.conversion.record import RECORD, Conversion, Snapshot, count_parameters, find_reference
 from hyperproto.conversion.restore import guard_reset
 from hyperproto.conversion.structures import (
@@ -43,7 +44,8 @@ def convert_model(
     """Replace the model's classifiers by `HypersphericalHead`s, in place; returns the same model.
 
     Plans and checks first: on an error the model is as it was. Device, train or eval mode and dtype are kept, every
-    other parameter stays bit for bit. Create the optimiser and load checkpoints of converted models afterwards.
+    other parameter stays bit for bit. Create the optimiser, wrap (DistributedDataParallel, fully_shard,
+    torch.compile) and load checkpoints of converted models afterwards.
 
     Where a model combines several classifiers (distilled pairs, CrossViT, EfficientViM), each gets a head with a
     projection of its own, and all share one bank and one assignment. The output is then a convex combination of
@@ -68,7 +70,8 @@ def convert_model(
 
     Raises:
         AlreadyConvertedError: the model has a hyperspherical head.
-        HeadNotFoundError: no classifier found; says how to name it.
+        HeadNotFoundError: no classifier found, or a model that DistributedDataParallel, fully_shard or torch.compile
+            has wrapped already; says what to do.
         BankError, ArgumentError: the heads cannot be built with these arguments.
         ArgumentError, ShapeError: a warm start from no trained classifier, or from one of other classes.
 
@@ -85,6 +88,7 @@ def convert_model(
             f"{type(model).__name__} already has a hyperspherical head at {', '.join(map(repr, get_heads(model)))}. "
             "Call hyperproto.restore_model(model) first to convert it differently."
         )
+    check_unwrapped(model)
     before = Snapshot(model)
     num_parameters = count_parameters(model)
     with before.undo_on_error():
@@ -104,6 +108,7 @@ def convert_model(
         record.num_parameters_after = count_parameters(model)
         record.changes = before.changes()
         record.requires_grad = before.changed_flags()
+        record.load_check = check_before_loading(model)
         model.__dict__[RECORD] = record
     if logger.isEnabledFor(logging.INFO):
         logger.info("%s", describe(model))

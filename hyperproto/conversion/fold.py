@@ -60,6 +60,8 @@ def to_linear(model: nn.Module) -> nn.Module:
         if change.table == "" and change.key in ("fuse", "reset_classifier"):
             change.undo()
     head.retired = True
+    if record.load_check is not None:
+        record.load_check.remove()
     model.set_submodule(name, layer)
     for dropped in record.dropped:
         zeros = torch.zeros_like(layer.weight.detach().flatten(1))

@@ -37,7 +37,34 @@ TORCHVISION_CLASSIFIERS = {
     "VisionTransformer": "heads.head",
 }
 
+#: Classes of torch that wrap a model, and what makes them.
+WRAPPERS = {
+    "DataParallel": "DataParallel",
+    "DistributedDataParallel": "DistributedDataParallel",
+    "FSDPModule": "fully_shard",
+    "FullyShardedDataParallel": "FullyShardedDataParallel",
+    "OptimizedModule": "torch.compile",
+}
+
 NAME_IT = 'Name the layer to replace yourself: convert_model(model, classifier="dotted.name").'
+
+
+def check_unwrapped(model: nn.Module, name: str = "") -> None:
+    """Raise if the model, or a module of it that holds the one of that name, has been wrapped already.
+
+    Raises:
+        HeadNotFoundError: it has; says what to do first.
+    """
+    path = name.split(".") if name else []
+    for depth in range(len(path) + 1):
+        outer = model.get_submodule(".".join(path[:depth]))
+        for base in type(outer).__mro__:
+            if base.__module__.startswith("torch.") and base.__name__ in WRAPPERS:
+                wrap = WRAPPERS[base.__name__]
+                raise HeadNotFoundError(
+                    f"expected a model that nothing wraps, got one already wrapped by {wrap}, which would not know of "
+                    f"the new layers. Convert first, then wrap: convert_model(model, ...), then {wrap}(model, ...)."
+                )
 
 
 def find_classifiers(model: nn.Module, classifier: str | None) -> dict[str, Leaf]:
@@ -48,7 +75,7 @@ def find_classifiers(model: nn.Module, classifier: str | None) -> dict[str, Leaf
         classifier: the name, if the caller knows it. One of several that the model combines stands for all of them.
 
     Raises:
-        HeadNotFoundError: there is none, or none that can be replaced; says why.
+        HeadNotFoundError: there is none, or none that can be replaced, or it has been wrapped; says why.
     """
     known = known_names(model)
     names = known if classifier is None or classifier in known else [classifier]
@@ -130,6 +157,7 @@ def _leaf_at(model: nn.Module, name: str) -> Leaf:
     module = dict(model.named_modules()).get(name)
     if module is None:
         raise HeadNotFoundError(f"{label} has no module named {name!r}. model.named_modules() lists the names.")
+    check_unwrapped(model, name)
     if isinstance(module, Leaf) and is_leaf(module):
         return module
     inside = [f"{name}.{inner}".strip(".") for inner, leaf in module.named_modules() if is_leaf(leaf)]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hyperproto.conversion.locate import Leaf
 from hyperproto.errors import HeadNotFoundError
@@ -66,6 +67,7 @@ class Conversion:
         dropped: layers taken out without a head in their place, by dotted name.
         notes: what was done beyond replacing the layers, one sentence each.
         reference: a parameter (module, name) of the leaves' dtype, which tells where the model has moved.
+        load_check: takes the check of checkpoints off the model.
     """
 
     leaves: dict[str, Leaf]
@@ -76,6 +78,7 @@ class Conversion:
     dropped: dict[str, Leaf] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     reference: tuple[nn.Module, str] | None = None
+    load_check: RemovableHandle | None = None
 
     def undo(self) -> None:
         """Bring the model back; layers follow the device, dtype and mode that it has now."""

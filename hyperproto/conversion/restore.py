@@ -33,6 +33,8 @@ def restore_model(model: nn.Module) -> nn.Module:
     for head in get_heads(model).values():
         head.retired = True
     record.undo()
+    if record.load_check is not None:
+        record.load_check.remove()
     del model.__dict__[RECORD]
     return model
 

@@ -8,11 +8,17 @@ import torch
 from torch import Tensor
 
 from hyperproto.errors import AssignmentError, ShapeError
+from hyperproto.geometry import normalise
 from hyperproto.matching.dense import solve_dense
+from hyperproto.matching.sparse import solve_sparse
 from hyperproto.matching.swaps import swap_to_agree
 
 #: A matching that gains less than this share of the similarity gains float64 rounding.
 SMALLEST_GAIN = 1e-9
+
+#: Vectors, at most, that are swapped and matched over all cosines: some seconds a start. Beyond that both would take
+#: hours and tens of GiB.
+MOST_SWAPPED = 2048
 
 
 @dataclass(frozen=True)
@@ -44,12 +50,14 @@ def align(vectors: Tensor, prototypes: Tensor, *, num_starts: int = 4, seed: int
     With sigma fixed this is orthogonal Procrustes, with R fixed an assignment problem; they alternate until neither
     gains. Both steps are exact, so that the similarity never decreases, but the alternation moves little from where
     it starts. Each start is therefore brought to a good assignment by `swap_to_agree` first, and the best of several
-    is taken. Long vectors count more; normalise them first if they should not.
+    is taken. Turning the vectors turns the rotation and changes no assignment. Long vectors count more; normalise
+    them first if they should not. More than `MOST_SWAPPED` vectors get one start, no swaps and the sparse matching,
+    in O((C + P) D) memory.
 
     Args:
         vectors: (C, E) floating point, finite; centre them unless the origin means something.
         prototypes: (P, D), P >= C.
-        num_starts: the first start turns principal axes onto principal axes, the others are random rotations.
+        num_starts: the first start turns principal axes onto principal axes, the others turn them at random.
         seed: of the random rotations.
 
     Returns:
@@ -72,25 +80,37 @@ def align(vectors: Tensor, prototypes: Tensor, *, num_starts: int = 4, seed: int
     _check(vectors, prototypes)
     points, targets = vectors.detach().cpu().double(), prototypes.detach().cpu().double()
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    rotations = [_principal_rotation(points, targets)]
-    rotations += [_random_rotation(targets.shape[1], points.shape[1], generator) for _ in range(num_starts - 1)]
+    axes, target_axes = _principal_axes(points), _principal_axes(targets)
+    count = min(points.shape[1], targets.shape[1])
+    rotations = [target_axes[:, -count:] @ axes[:, -count:].T]
+    if len(points) <= MOST_SWAPPED:
+        randoms = (_random_rotation(targets.shape[1], points.shape[1], generator) for _ in range(num_starts - 1))
+        rotations += [random @ axes.T for random in randoms]
     return max((_align_from(points, targets, start) for start in rotations), key=lambda found: found.similarity)
 
 
 def _align_from(vectors: Tensor, prototypes: Tensor, rotation: Tensor) -> Alignment:
-    start = solve_dense(vectors @ rotation.T @ prototypes.T, torch.arange(len(vectors), device="cpu"))
-    assignment = swap_to_agree(vectors, prototypes, start)
+    assignment = _match(vectors @ rotation.T, prototypes, torch.arange(len(vectors), device="cpu"))
+    if len(vectors) <= MOST_SWAPPED:
+        assignment = swap_to_agree(vectors, prototypes, assignment)
     similarities: list[float] = []
     while True:
         rotation, turned = _procrustes(vectors, prototypes[assignment])
-        cosines = vectors @ rotation.T @ prototypes.T  # (C, P)
-        moved = solve_dense(cosines, assignment)
-        matched = float(cosines.gather(1, moved[:, None]).sum())
+        moved = _match(vectors @ rotation.T, prototypes, assignment)
+        matched = float(((vectors @ rotation.T) * prototypes[moved]).sum())
         similarities.append(turned)
         if matched <= turned + SMALLEST_GAIN * abs(turned):
             return Alignment(rotation, assignment, tuple(similarities))
         similarities.append(matched)
         assignment = moved
+
+
+def _match(vectors: Tensor, prototypes: Tensor, current: Tensor) -> Tensor:
+    """Assignment (C,) of the largest total similarity."""
+    if len(vectors) <= MOST_SWAPPED:
+        return solve_dense(vectors @ prototypes.T, current)
+    weights = vectors.norm(dim=1)
+    return solve_sparse(normalise(vectors), normalise(prototypes), current, weights=weights).assignment
 
 
 def _procrustes(vectors: Tensor, targets: Tensor) -> tuple[Tensor, float]:
@@ -99,10 +119,12 @@ def _procrustes(vectors: Tensor, targets: Tensor) -> tuple[Tensor, float]:
     return left @ right, float(values.sum())
 
 
-def _principal_rotation(vectors: Tensor, prototypes: Tensor) -> Tensor:
-    count = min(vectors.shape[1], prototypes.shape[1])
-    sources, targets = (torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -count:] for rows in (vectors, prototypes))
-    return targets @ sources.T
+def _principal_axes(points: Tensor) -> Tensor:
+    """(E, E) orthonormal columns, the longest axis last, which turn along with the points (C, E)."""
+    axes = torch.linalg.eigh(points.T @ points).eigenvectors
+    coordinates = points @ axes  # (C, E)
+    # An axis has no sign of its own: the point that lies farthest along it gets a positive coordinate.
+    return axes * coordinates.gather(0, coordinates.abs().argmax(dim=0, keepdim=True)).sgn()
 
 
 def _random_rotation(num_rows: int, num_columns: int, generator: torch.Generator) -> Tensor:

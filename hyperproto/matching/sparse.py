@@ -93,7 +93,7 @@ def solve_sparse(
     problem = Problem(means[seen], prototypes, weights[seen] / scale, current[seen].numpy(), occupied.numpy())
     warm = None if prices is None else (prices / scale).numpy()
     matched, duals, proven = _generate_columns(problem, warm, max_rounds)
-    assignment = _place_unseen(current, seen, torch.from_numpy(matched), len(prototypes))
+    assignment = place_unseen(current, seen, torch.from_numpy(matched), len(prototypes))
     return SparseSolution(assignment, torch.from_numpy(duals) * scale, proven)
 
 
@@ -207,7 +207,7 @@ def _activate_better(candidates: Candidates, added: IntArray, profits: FloatArra
     return int((candidates.reduced_costs(profits, prices)[close] > TIGHT).sum())
 
 
-def _place_unseen(current: Tensor, seen: Tensor, matched: Tensor, num_prototypes: int) -> Tensor:
+def place_unseen(current: Tensor, seen: Tensor, matched: Tensor, num_prototypes: int) -> Tensor:
     """The whole assignment: labels without a mean stay, or take what is free if a seen label took their prototype."""
     assignment = current.clone()
     assignment[seen] = matched

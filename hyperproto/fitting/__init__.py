@@ -1,0 +1,1 @@
+"""A start from the data: one pass over the features, then assignment and projection in closed form."""

@@ -1,0 +1,58 @@
+"""From the statistics of features to an assignment and a projection, without a step of gradient descent."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hyperproto.fitting.statistics import ClassScatter
+from hyperproto.matching.procrustes import align
+from hyperproto.matching.sparse import place_unseen
+
+
+def match_classes(scatter: ClassScatter, prototypes: Tensor, current: Tensor) -> Tensor:
+    r"""Assignment in which prototypes lie to each other as the classes do, however the features are turned.
+
+    .. math:: v_c = \Sigma^{-1/2} (\mu_c - \bar\mu)
+
+    with the covariance within classes: the class means in the space in which each class is a round cloud, and
+    distances say how hard two classes are to tell apart. Rotation and matching are those of
+    `matching.procrustes.align`.
+
+    Args:
+        scatter: of C labels or fewer.
+        prototypes: (P, D) float64 on the CPU, P >= C.
+        current: (C,) int64; labels not seen keep their prototype unless a seen one needs it.
+
+    Returns:
+        (C,) int64.
+    """
+    factor = torch.linalg.cholesky(scatter.within)
+    whitened = torch.linalg.solve_triangular(factor, (scatter.means - scatter.centre).T, upper=False).T  # (S, F)
+    # A rotation of the whitened means, no wider than there are classes.
+    left, lengths, _ = torch.linalg.svd(whitened, full_matrices=False)
+    matched = align(left * lengths, prototypes).assignment
+    return place_unseen(current, scatter.labels, matched, len(prototypes))
+
+
+def regress(scatter: ClassScatter, targets: Tensor, *, intercept: bool) -> Tensor:
+    r"""Linear map that brings features nearest to the targets of their labels, in the mean of squares.
+
+    .. math:: \min_{A, a} \; \sum_c \mathbb{E}_{x \sim c} \lVert A x + a - t_c \rVert^2
+
+    Labels count alike, however many samples they have: with samples counting alike, rare labels are never predicted.
+    That the covariance within classes is shrunk acts as a ridge does.
+
+    Args:
+        scatter: of S labels.
+        targets: (S, D) float64, one for each label seen.
+        intercept: whether a is free, or zero.
+
+    Returns:
+        (D, F) the map A. The intercept takes the mean of the class means to the mean of the targets.
+    """
+    targets = targets / len(targets)
+    if intercept:
+        return torch.linalg.solve(scatter.balanced, (scatter.means - scatter.centre).T @ targets).T
+    moment = scatter.balanced + torch.outer(scatter.centre, scatter.centre)
+    return torch.linalg.solve(moment, scatter.means.T @ targets).T

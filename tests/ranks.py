@@ -1,0 +1,77 @@
+"""Runs a function on several ranks of a gloo group on the CPU, each a process of its own."""
+
+import multiprocessing
+import multiprocessing.connection
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+#: Forks processes from one that has imported torch already and done nothing else with it.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    [
+        "hyperproto.testing",
+        "pytest",
+        "scipy.optimize",
+        "timm",
+        "torch._dynamo.utils",
+        "torch.distributed.checkpoint.state_dict",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.debug",
+    ]
+)
+
+
+def run_on_ranks(function: Callable[..., Any], world_size: int, *arguments: object, seconds: float = 60) -> list[Any]:
+    """What `function(rank, *arguments)` returns on each rank; it must be importable, its results plain or tensors.
+
+    Raises:
+        AssertionError: a rank raised, with its traceback, or the ranks were not done in time, as when one of them
+            waits for a collective that the others do not join.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            CONTEXT.Process(target=_run, args=(function, rank, world_size, folder, arguments), daemon=True)
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + seconds
+        running = {process.sentinel: process for process in processes}
+        failed = False
+        while running and not failed and time.monotonic() < deadline:
+            for sentinel in multiprocessing.connection.wait(list(running), deadline - time.monotonic()):
+                process = running.pop(sentinel)
+                process.join()
+                failed |= process.exitcode != 0
+        for process in running.values():
+            process.kill()
+            process.join()
+        tracebacks = [path.read_text() for path in sorted(Path(folder).glob("*.txt"))]
+        assert not tracebacks, "\n".join(tracebacks)
+        assert not failed, f"exit codes {[process.exitcode for process in processes]}"
+        assert not running, f"not done in {seconds} s"
+        return [torch.load(Path(folder, f"{rank}.pt")) for rank in range(world_size)]
+
+
+def _run(function: Callable[..., Any], rank: int, world_size: int, folder: str, arguments: tuple[object, ...]) -> None:
+    try:
+        warnings.simplefilter("error")
+        # Dynamo asks for the gradient of whatever a compiled function is given.
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+        torch.save(function(rank, *arguments), Path(folder, f"{rank}.pt"))
+        dist.destroy_process_group()
+    except BaseException:
+        Path(folder, f"{rank}.txt").write_text(f"rank {rank}: {traceback.format_exc()}")
+        sys.exit(1)

@@ -1,0 +1,376 @@
+"""Checkpoints: every way to save and load is exact, and what does not fit is refused before anything is copied."""
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from compatible import NUM_CLASSES, converted, permute_
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from hyperproto import (
+    AssignmentError,
+    BalancedLoss,
+    BankError,
+    CheckpointError,
+    DynamicAssigner,
+    HypersphericalHead,
+    PrototypeBank,
+    ShapeError,
+    convert_model,
+    restore_model,
+    to_linear,
+)
+from hyperproto.checkpoint import FORMAT_VERSION
+
+# torch.distributed.checkpoint says so in a process of its own.
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+
+
+def small(num_classes: int = 6, *, seed: int = 0, **options: object) -> nn.Module:
+    """A converted model whose backbone lies before its head, with weights that the seed tells."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, num_classes))
+    return convert_model(model, classifier="2", **({"dim": 4, "bank": PrototypeBank(6, 4)} | options))
+
+
+def trained(model: nn.Module, *, momentum: float | None = 0.9, inputs: tuple[int, ...] = (5,)) -> DynamicAssigner:
+    """The model after a few steps that moved everything that can move; returns its assigner."""
+    generator = torch.Generator().manual_seed(1)
+    assigner = DynamicAssigner(model, momentum=momentum)
+    criterion, optimizer = BalancedLoss(assigner), torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        batch = torch.randn(12, *inputs, generator=generator)
+        labels = torch.randint(assigner.head.num_classes, (12,), generator=generator)
+        criterion(model(batch), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert assigner.step().changed
+    criterion(model(batch), labels)  # pending counts, and sums where there are any
+    return assigner
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    return copy.deepcopy(dict(module.state_dict()))
+
+
+def assert_holds(module: nn.Module, state: dict[str, Tensor]) -> None:
+    assert module.state_dict().keys() == state.keys()
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+# Round trips
+
+
+def torch_save(source: nn.Module, target: nn.Module, folder: Path) -> None:
+    torch.save(source.state_dict(), folder / "state.pt")
+    target.load_state_dict(torch.load(folder / "state.pt", weights_only=True))
+
+
+def safetensors_file(source: nn.Module, target: nn.Module, folder: Path) -> None:
+    safetensors.torch.save_file(source.state_dict(), folder / "state.safetensors")
+    target.load_state_dict(safetensors.torch.load_file(folder / "state.safetensors"))
+
+
+def safetensors_model(source: nn.Module, target: nn.Module, folder: Path) -> None:
+    safetensors.torch.save_model(source, str(folder / "state.safetensors"))
+    missing, unexpected = safetensors.torch.load_model(target, folder / "state.safetensors")
+    assert not missing
+    assert not unexpected
+
+
+def distributed_checkpoint(source: nn.Module, target: nn.Module, folder: Path) -> None:
+    dcp.save(source.state_dict(), checkpoint_id=folder)
+    state = target.state_dict()
+    dcp.load(state, checkpoint_id=folder)
+    target.load_state_dict(state)
+
+
+def distributed_checkpoint_of_copies(source: nn.Module, target: nn.Module, folder: Path) -> None:
+    dcp.save(get_model_state_dict(source), checkpoint_id=folder)
+    state = copy.deepcopy(get_model_state_dict(target))
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(target, state)
+
+
+WAYS = [torch_save, safetensors_file, safetensors_model, distributed_checkpoint, distributed_checkpoint_of_copies]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_models_and_assigners_come_back_exactly(way, momentum, tmp_path):
+    model, twin = small(), small(seed=1)
+    assigner, resumed = trained(model, momentum=momentum), DynamicAssigner(twin, momentum=momentum)
+    for name, source, target in (("model", model, twin), ("assigner", assigner, resumed)):
+        folder = tmp_path / name
+        folder.mkdir()
+        way(source, target, folder)
+        assert_holds(target, snapshot(source))
+    head, other = assigner.head, resumed.head
+    torch.testing.assert_close(other.frame_inverse, head.frame_inverse)  # not in the checkpoint, made anew
+    batch = torch.randn(4, 5)
+    assert torch.equal(twin(batch), model(batch))
+    for each, on in ((assigner, model), (resumed, twin)):
+        each.update(on(batch).detach(), torch.arange(4))
+    assert resumed.step().moved_labels == assigner.step().moved_labels
+    assert_holds(resumed, snapshot(assigner))
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way is not safetensors_file])
+def test_heads_that_share_a_bank_come_back_and_share_it_still(way, tmp_path):
+    # No bank is loaded twice, and whichever name safetensors kept of the two serves both.
+    name = "deit_tiny_distilled_patch16_224"
+    model, twin = converted(name), converted(name, bank=PrototypeBank(NUM_CLASSES, 5), seed=1)
+    permute_(model)
+    way(model, twin, tmp_path)
+    assert_holds(twin, snapshot(model))
+    assert twin.head.bank is twin.head_dist.bank
+
+
+def test_safetensors_keeps_shared_banks_with_save_model_only(tmp_path):
+    # docs/checkpoints.md says so: if this stops raising, the page can be shorter.
+    model = converted("deit_tiny_distilled_patch16_224")
+    with pytest.raises(RuntimeError, match="save_model"):
+        safetensors.torch.save_file(model.state_dict(), tmp_path / "state.safetensors")
+
+
+# What does not fit
+
+
+def other_dim() -> nn.Module:
+    return small(dim=5, bank="auto")
+
+
+def other_num_classes() -> nn.Module:
+    return small(7, bank="auto")
+
+
+def more_prototypes() -> nn.Module:
+    return small(bank=PrototypeBank(8, 4))
+
+
+def other_num_classes_on_the_same_bank() -> nn.Module:
+    return small(5)
+
+
+def other_seed() -> nn.Module:
+    return small(bank=PrototypeBank(6, 4, seed=1))
+
+
+def other_method() -> nn.Module:
+    return small(bank=PrototypeBank(6, 4, method="random"))
+
+
+MISFITS: list[tuple[Callable[[], nn.Module], type[ValueError], str]] = [
+    (other_dim, BankError, r"2\.bank\.prototypes has shape \(6, 5\), this head expects \(6, 4\)"),
+    (other_num_classes, BankError, r"2\.bank\.prototypes has shape \(7, 4\), this head expects \(6, 4\)"),
+    (more_prototypes, BankError, r"2\.bank\.prototypes has shape \(8, 4\), this head expects \(6, 4\)"),
+    (other_num_classes_on_the_same_bank, AssignmentError, r"2\.assignment.*of 6 labels.*\(6,\).*got \(5,\)"),
+    (other_seed, BankError, r"2\.bank\.prototypes holds other prototypes.*by up to [01]\.\d"),
+    (other_method, BankError, r"2\.bank\.prototypes holds other prototypes.*by up to [01]\.\d"),
+]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(("make", "error", "words"), MISFITS)
+def test_checkpoints_of_another_head_are_refused_and_nothing_is_loaded(make, error, words, strict):
+    model = small(seed=1)
+    before, checkpoint = snapshot(model), make().state_dict()
+    with pytest.raises(error, match=words):
+        model.load_state_dict(checkpoint, strict=strict)
+    assert_holds(model, before)
+
+
+@pytest.mark.parametrize(
+    ("entry", "error", "words"),
+    [
+        ({"2.assignment": torch.tensor([0, 1, 2, 3, 4, 4])}, AssignmentError, r"more than once: \[4\]"),
+        ({"2.assignment": torch.arange(6).float()}, AssignmentError, "torch.float32"),  # an average of checkpoints
+        ({"2.format_version": torch.tensor(FORMAT_VERSION + 1)}, CheckpointError, r"2\.format_version is 2.*up to 1"),
+        ({"2.bank.prototypes": PrototypeBank(6, 4).prototypes.half()}, BankError, "torch.float16"),
+        ({"2.bank.prototypes": torch.full((6, 4), float("nan"))}, BankError, "other prototypes"),
+    ],
+)
+def test_damaged_and_later_checkpoints_are_refused_and_nothing_is_loaded(entry, error, words):
+    model = small(seed=1)
+    before, checkpoint = snapshot(model), small().state_dict() | entry
+    with pytest.raises(error, match=words):
+        model.load_state_dict(checkpoint)
+    assert_holds(model, before)
+
+
+class Within(nn.Module):
+    """A user's module around a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    return fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, Within, DistributedDataParallel, sharded])
+@pytest.mark.parametrize("load", [nn.Module.load_state_dict, set_model_state_dict])
+def test_wrapped_models_refuse_as_bare_ones_do(wrap, load):
+    model = small(seed=1)
+    wrapped, other = wrap(model), wrap(other_seed())
+    before, checkpoint = snapshot(model), copy.deepcopy(get_model_state_dict(other))
+    if load is nn.Module.load_state_dict:
+        checkpoint = other.state_dict()
+    with pytest.raises(BankError, match=r"2\.bank\.prototypes"):
+        load(wrapped, checkpoint)
+    assert_holds(model, before)
+    same = wrap(small(seed=2))
+    load(wrapped, same.state_dict() if load is nn.Module.load_state_dict else get_model_state_dict(same))
+    assert_holds(wrapped, snapshot(same))
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_refuse_on_their_own_and_restored_models_refuse_nothing(copier):
+    plain = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6))
+    model = convert_model(copy.deepcopy(plain), dim=4, classifier="2")
+    twin = copier(model)
+    restore_model(model).load_state_dict(plain.state_dict())
+    assert not model._load_state_dict_pre_hooks
+    before = snapshot(twin)
+    with pytest.raises(BankError):
+        twin.load_state_dict(other_dim().state_dict())
+    assert_holds(twin, before)
+    assert not to_linear(twin)._load_state_dict_pre_hooks
+    twin.load_state_dict(plain.state_dict())
+
+
+def test_the_advice_for_another_bank_works():
+    checkpoint = trained(other_seed()).head.state_dict()
+    head = HypersphericalHead(8, 6, bank=PrototypeBank.from_tensor(checkpoint["bank.prototypes"]))
+    head.load_state_dict(checkpoint)
+    assert_holds(head, checkpoint)
+
+
+def test_prototypes_of_another_machine_are_the_same_but_for_rounding():
+    model, checkpoint = small(seed=1), snapshot(small())
+    checkpoint["2.bank.prototypes"] += 1e-6
+    model.load_state_dict(checkpoint)
+    assert_holds(model, checkpoint)  # those that it was trained with
+
+
+def test_the_backbone_of_another_checkpoint_can_be_loaded_without_its_head():
+    model, other = small(seed=1), other_dim()
+    kept = {name: value for name, value in other.state_dict().items() if not name.startswith("2.")}
+    assert model.load_state_dict(kept, strict=False).unexpected_keys == []
+    assert torch.equal(model[0].weight, other[0].weight)
+
+
+def test_a_head_on_the_device_meta_takes_the_bank_that_comes():
+    head = small()[2].to("meta")
+    source = trained(other_seed()).head
+    head.load_state_dict(source.state_dict(), assign=True)
+    assert_holds(head, snapshot(source))
+    assert not any(buffer.is_meta for buffer in head.buffers())
+    torch.testing.assert_close(head.frame_inverse, source.frame_inverse)
+    with pytest.raises(BankError, match=r"\(6, 5\)"):
+        small()[2].to("meta").load_state_dict(other_dim()[2].state_dict(), assign=True)
+
+
+@pytest.mark.parametrize("left_behind", [0.0, 1.0, float("nan")])
+def test_a_model_made_by_to_empty_takes_the_bank_that_comes(left_behind):
+    model, source = small(), other_seed()
+    trained(source)
+    model.to("meta").to_empty(device="cpu")
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.detach().fill_(left_behind if tensor.is_floating_point() else 7)  # whatever the memory held
+    model.load_state_dict(source.state_dict())
+    assert_holds(model, snapshot(source))
+    torch.testing.assert_close(model[2].frame_inverse, source[2].frame_inverse)
+
+
+# Assigners
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("make", "momentum", "error", "words"),
+    [
+        (other_dim, 0.9, ShapeError, r"class_means has shape \(6, 5\), this assigner expects \(6, 4\)"),
+        (other_num_classes, 0.9, ShapeError, r"class_means has shape \(7, 4\), this assigner expects \(6, 4\)"),
+        (small, None, CheckpointError, r"with momentum=None, this assigner has momentum=0\.9"),
+    ],
+)
+def test_checkpoints_of_another_assigner_are_refused_and_nothing_is_loaded(make, momentum, error, words, strict):
+    assigner = trained(small(seed=1))
+    before, checkpoint = snapshot(assigner), trained(make(), momentum=momentum).state_dict()
+    with pytest.raises(error, match=words):
+        assigner.load_state_dict(checkpoint, strict=strict)
+    assert_holds(assigner, before)
+
+
+def test_means_kept_with_a_momentum_do_not_load_where_sums_are_kept():
+    assigner = trained(small(), momentum=None)
+    before = snapshot(assigner)
+    with pytest.raises(CheckpointError, match=r"with a momentum, this assigner has momentum=None"):
+        assigner.load_state_dict(trained(small()).state_dict(), strict=False)
+    assert_holds(assigner, before)
+
+
+def test_counts_of_another_number_of_labels_are_refused_before_the_means_are_loaded():
+    assigner, checkpoint = trained(small()), trained(small(seed=1)).state_dict()
+    before = snapshot(assigner)
+    with pytest.raises(ShapeError, match=r"pending_counts has shape \(7,\)"):
+        assigner.load_state_dict(checkpoint | {"pending_counts": torch.zeros(7)})
+    assert_holds(assigner, before)
+
+
+# The version of the format
+
+
+def modules() -> list[nn.Module]:
+    head = small()[2]
+    return [head, DynamicAssigner(head), small()]
+
+
+@pytest.mark.parametrize("module", modules(), ids=lambda module: type(module).__name__)
+def test_a_later_format_is_refused_with_both_numbers(module):
+    [name] = [name for name in module.state_dict() if name.endswith("format_version")]
+    checkpoint = snapshot(module) | {name: torch.tensor(FORMAT_VERSION + 4)}
+    with pytest.raises(CheckpointError, match=rf"{name} is {FORMAT_VERSION + 4}.*up to {FORMAT_VERSION}\. Update"):
+        copy.deepcopy(module).load_state_dict(checkpoint)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("module", modules(), ids=lambda module: type(module).__name__)
+def test_earlier_formats_load_and_are_of_the_present_one_from_then_on(module, assign):
+    [name] = [name for name in module.state_dict() if name.endswith("format_version")]
+    for change in ({name: torch.tensor(0)}, {}):
+        checkpoint = {key: value for key, value in snapshot(module).items() if key != name} | change
+        target = copy.deepcopy(module)
+        target.load_state_dict(checkpoint, assign=assign)
+        assert int(target.state_dict()[name]) == FORMAT_VERSION
+        assert checkpoint.get(name) is change.get(name)  # the caller's dictionary is the caller's
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_saving_carries_the_version(way, tmp_path):
+    model, later = small(), small()
+    later[2].format_version.fill_(FORMAT_VERSION + 1)
+    with pytest.raises(CheckpointError, match=r"2\.format_version"):
+        way(later, model, tmp_path)

@@ -1,0 +1,350 @@
+"""examples/train.py: its heads, its result lines, exact resumption, and its data against slow oracles."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+NUM_CLASSES, TRAIN_IMAGES, TEST_IMAGES = 4, 12, 5
+TINY = [
+    "--model",
+    "cifar_resnet8",
+    "--width",
+    "8",
+    "--lr",
+    "0.02",
+    "--batch-size",
+    "8",
+    "--epochs",
+    "1",
+    "--holdout",
+    "0.1",
+    "--quiet",
+]
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+data, cifar_resnet = load("_data"), load("_cifar_resnet")
+train = load("train")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Class folders of 32 x 32 images: noise around a colour of the class."""
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    colours = [(200, 60, 60), (60, 200, 60), (60, 60, 200), (200, 200, 60)]
+    for split, count in (("train", TRAIN_IMAGES), ("test", TEST_IMAGES)):
+        for label, colour in enumerate(colours):
+            (root / split / f"class{label}").mkdir(parents=True)
+            for index in range(count):
+                noisy = np.clip(colour + generator.normal(0, 40, (32, 32, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(noisy).save(root / split / f"class{label}" / f"{index:02d}.png")
+    return root
+
+
+def run(folder: Path, results: Path, *flags: str) -> dict:
+    train.main([str(folder), *TINY, "--results", str(results), *flags])
+    return json.loads(results.read_text().splitlines()[-1])
+
+
+HEADS = {
+    "softmax": ["--head", "softmax"],
+    "softmax with a bottleneck": ["--head", "softmax", "--dim", "3", "--projection", "linear"],
+    "etf": ["--head", "etf", "--loss", "long-tail"],
+    "hpn": ["--head", "hpn", "--dim", "3", "--reduction", "sum", "--lr", "0.0025"],
+    "dl2pa": ["--head", "dl2pa", "--dim", "3", "--start", "random", "--assign-every", "0.5"],
+    "dl2pa from data": ["--head", "dl2pa", "--dim", "3", "--loss", "cross-entropy", "--start", "data"],
+}
+
+
+@pytest.mark.parametrize("flags", HEADS.values(), ids=HEADS)
+def test_every_head_learns_and_leaves_a_line_that_the_documentation_explains(folder, tmp_path, flags):
+    result = run(folder, tmp_path / "results.jsonl", *flags, "--epochs", "10")
+    assert result["top1"] >= 90.0
+    page = (ROOT / "docs" / "training.md").read_text()
+    assert all(f"`{key}`" in page for key in result)
+    assert result["training_images"] == NUM_CLASSES * (TRAIN_IMAGES - 1)
+    # Every class has the same number of test images.
+    assert result["top1"] == pytest.approx(np.mean(result["class_accuracy"]), abs=0.01)
+    assert result["top1"] == pytest.approx(result["class_mean_accuracy"])
+    assert result["tail_accuracy"] == pytest.approx(result["top1"])  # 12 images a class are fewer than 20
+    assert result["head_accuracy"] is result["median_accuracy"] is None
+    assert result["top5"] == 100.0
+    assert (result["start_accuracy"] is not None) == ("data" in flags)
+    assert str(tmp_path) not in json.dumps(result)
+    assert str(folder.parent) not in json.dumps(result)
+
+
+def test_a_killed_run_ends_as_the_undisturbed_one(folder, tmp_path, monkeypatch):
+    flags = ["--head", "dl2pa", "--dim", "3", "--epochs", "3", "--start", "data", "--start-epoch", "1"]
+    flags += ["--mixup", "1", "--ema", "0.9", "--loss", "cross-entropy", "--precision", "fp32"]
+    straight = run(folder, tmp_path / "straight.jsonl", *flags, "--output", str(tmp_path / "straight"))
+
+    train_epoch, started = train.Trainer._train_epoch, []
+
+    def kill_in_the_second(trainer, epoch):
+        started.append(epoch)
+        if len(started) % 2 == 0:
+            raise KeyboardInterrupt
+        return train_epoch(trainer, epoch)
+
+    flags += ["--output", str(tmp_path / "killed"), "--resume"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "_train_epoch", kill_in_the_second)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                run(folder, tmp_path / "killed.jsonl", *flags)
+    assert started == [0, 1, 1, 2]
+    killed = run(folder, tmp_path / "killed.jsonl", *flags)
+
+    measured = {"seconds", "images_per_second", "peak_memory_mib"}
+    assert {k: v for k, v in killed.items() if k not in measured} == {
+        k: v for k, v in straight.items() if k not in measured
+    }
+    first, second = (torch.load(tmp_path / name / "last.pt") for name in ("straight", "killed"))
+    assert len(first["history"]) == 3
+    for part in ("model", "ema", "assigner"):
+        assert first[part].keys() == second[part].keys()
+        assert all(torch.equal(first[part][key], second[part][key]) for key in first[part])
+    assert (tmp_path / "killed" / "log.jsonl").read_text().count("\n") == 3
+    # A finished run is left alone, and a run with other arguments is not mistaken for it.
+    run(folder, tmp_path / "killed.jsonl", *flags)
+    assert (tmp_path / "killed.jsonl").read_text().count("\n") == 1
+    with pytest.raises(SystemExit, match="other arguments: lr"):
+        run(folder, tmp_path / "killed.jsonl", *flags, "--lr", "0.03")
+
+
+def test_backbone_keeps_its_optimiser_state_when_free_class_vectors_end(folder):
+    args = train.parse_arguments(
+        [str(folder), *TINY, "--dim", "3", "--start", "data", "--start-epoch", "1", "--epochs", "2"]
+    )
+    args.num_classes = NUM_CLASSES
+    splits = data.read_splits("folder", folder, download=False, decoded=True, cache=None)
+    model = train.build_model(args)
+    device = torch.device("cpu")
+    trainer = train.Trainer(args, model, train.build_loaders(args, *splits, model, device), device)
+    trainer._train_epoch(1)
+    assert trainer.loaders.train.epoch == 1
+    before = {name: trainer.optimizer.state[parameter] for name, parameter in model.named_parameters()}
+    trainer.end_free_phase()
+    after = {name: trainer.optimizer.state.get(parameter) for name, parameter in model.named_parameters()}
+    backbone = {name for name in after if not name.startswith("fc.")}
+    assert all(after[name]["momentum_buffer"] is before[name]["momentum_buffer"] for name in backbone)
+    assert all(after[name] is None for name in after.keys() - backbone)
+    assert {id(p) for group in trainer.optimizer.param_groups for p in group["params"]} == set(
+        map(id, model.parameters())
+    )
+
+
+@pytest.mark.parametrize(
+    ("largest", "num_classes", "imbalance", "total"),
+    # Sizes of CIFAR-100-LT and CIFAR-10-LT as published.
+    [(500, 100, 0.01, 10_847), (500, 100, 0.02, 12_608), (5000, 10, 0.01, 12_406)],
+)
+def test_long_tail_profile_has_the_published_sizes(largest, num_classes, imbalance, total):
+    counts = data.long_tail_counts(largest, num_classes, imbalance)
+    assert counts.sum() == total
+    assert (counts[0], counts[-1]) == (largest, int(largest * imbalance))
+
+
+def test_long_tail_keeps_the_first_images_of_each_class(folder, tmp_path):
+    result = run(folder, tmp_path / "results.jsonl", "--imbalance", "0.25", "--holdout", "0")
+    # 12, 12 * 0.25 ** (1 / 3) = 7.56, 4.76 and 3 images
+    assert result["training_images"] == 12 + 7 + 4 + 3
+    assert result["temperature"] is result["calibration_error_fitted"] is None
+    split = data.Split(torch.arange(6), np.array([1, 0, 1, 0, 1, 0]))
+    kept = data.keep_long_tail(split, 1 / 3)
+    assert kept.images.tolist() == [0, 1, 3, 5]
+    assert kept.labels.tolist() == [1, 0, 0, 0]
+
+
+def test_holdout_takes_its_share_of_each_class():
+    labels = np.repeat([0, 1, 2], [50, 100, 10])[np.random.default_rng(1).permutation(160)]
+    training, held_out = data.split_holdout(labels, 0.1)
+    assert np.bincount(labels[held_out]).tolist() == [5, 10, 1]
+    assert sorted([*training, *held_out]) == list(range(160))
+
+
+def test_crops_and_flips_are_those_of_a_padded_image():
+    images = torch.randint(256, (6, 8, 10, 3), dtype=torch.uint8)
+    mean, std = torch.tensor([10.0, 20.0, 30.0]), torch.tensor([2.0, 3.0, 4.0])
+    split = data.Split(images, np.arange(6))
+    loader = data.TensorLoader(split, 3, mean, std, torch.device("cpu"), augment_seed=0, padding=2)
+    epochs = []
+    for epoch in range(16):
+        loader.set_epoch(epoch)
+        batches = list(loader)
+        assert len(batches) == len(loader) == 2
+        assert batches[0][0].is_contiguous(memory_format=torch.channels_last)
+        epochs.append((torch.cat([batch for batch, _ in batches]), torch.cat([labels for _, labels in batches])))
+    found = set()
+    for batch, labels in epochs:
+        assert sorted(labels.tolist()) == list(range(6))
+        for image, label in zip(batch, labels.tolist(), strict=True):
+            pixels = (image.permute(1, 2, 0) * std + mean).round().numpy()
+            padded = np.zeros((12, 14, 3))
+            padded[2:10, 2:12] = images[label].numpy()
+            matches = [
+                (top, left, flip)
+                for top in range(5)
+                for left in range(5)
+                for flip in (False, True)
+                if np.array_equal(pixels, padded[top : top + 8, left : left + 10][:, :: -1 if flip else 1])
+            ]
+            assert len(matches) == 1
+            found.add(matches[0])
+    assert {top for top, _, _ in found} == {left for _, left, _ in found} == set(range(5))
+    assert {flip for _, _, flip in found} == {False, True}
+    loader.set_epoch(3)
+    assert torch.equal(torch.cat([batch for batch, _ in loader]), epochs[3][0])
+    assert not torch.equal(epochs[3][1], epochs[4][1])
+
+
+def test_processes_share_an_epoch_without_overlap():
+    split = data.Split(torch.zeros(11, 4, 4, 3, dtype=torch.uint8), np.arange(11))
+    ones, seen = torch.ones(3), []
+    for rank in range(2):
+        loader = data.TensorLoader(split, 2, ones, ones, torch.device("cpu"), augment_seed=5, rank=rank, world_size=2)
+        batches = [labels.tolist() for _, labels in loader]
+        assert len(batches) == len(loader) == 2
+        seen += [label for batch in batches for label in batch]
+    assert len(set(seen)) == 8
+
+
+def test_pixel_statistics_are_those_of_numpy():
+    images = torch.randint(256, (5, 6, 7, 3), dtype=torch.uint8)
+    mean, std = data.pixel_statistics(images)
+    assert mean.numpy() == pytest.approx(images.numpy().mean(axis=(0, 1, 2)), rel=1e-6)
+    assert std.numpy() == pytest.approx(images.numpy().std(axis=(0, 1, 2)), rel=1e-6)
+
+
+@pytest.mark.parametrize(("depth", "parameters"), [(20, 269_722), (32, 464_154), (56, 853_018)])
+def test_cifar_resnet_has_the_published_number_of_parameters(depth, parameters):
+    model = cifar_resnet.CifarResNet(depth, 10)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+def test_learning_rate_over_the_epochs():
+    common = {"lr": 0.1, "epochs": 200, "warmup_epochs": 5.0, "milestones": [160, 180]}
+    step = Namespace(schedule="step", **common)
+    assert [train.learning_rate(step, t) for t in (1, 2.5, 5, 159.9, 160, 180)] == pytest.approx(
+        [0.02, 0.05, 0.1, 0.1, 0.01, 0.001]
+    )
+    cosine = Namespace(schedule="cosine", **common)
+    assert [train.learning_rate(cosine, t) for t in (2.5, 5, 102.5, 200)] == pytest.approx([0.05, 0.1, 0.05, 0.0])
+    cycle = Namespace(schedule="one-cycle", **(common | {"warmup_epochs": 60.0}))
+    assert [train.learning_rate(cycle, t) for t in (0, 30, 60, 130, 200)] == pytest.approx([0.004, 0.052, 0.1, 0.05, 0])
+
+
+def test_figures_by_hand():
+    probabilities = torch.tensor([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.8, 0.1], [0.2, 0.3, 0.5]])
+    labels = torch.tensor([0, 1, 1, 2])
+    result = train.figures(probabilities.log(), labels, torch.tensor([101, 100, 19]), 1.0)
+    assert result["top1"] == pytest.approx(75.0)
+    assert result["class_accuracy"] == [100.0, 50.0, 100.0]
+    assert [result[f"{group}_accuracy"] for group in ("head", "median", "tail")] == [100.0, 50.0, 100.0]
+    # Confidences 0.7, 0.6 (wrong), 0.8 and 0.5, each in a bin of its own.
+    assert result["calibration_error"] == pytest.approx(100 * (0.3 + 0.6 + 0.2 + 0.5) / 4, rel=1e-5)
+    assert result["calibration_error_fitted"] == result["calibration_error"]
+
+
+def test_temperature_undoes_a_scale():
+    probabilities = torch.tensor([0.7, 0.2, 0.1])
+    labels = torch.tensor([0] * 7 + [1] * 2 + [2])
+    logits = 5.0 * probabilities.log().expand(10, 3)
+    assert train.fit_temperature(logits, labels) == pytest.approx(5.0, rel=1e-3)
+
+
+def test_flags_override_the_preset_and_its_head_options_stay_with_its_head():
+    published = train.parse_arguments(["DATA", "--preset", "cifar100-lt"])
+    assert (published.width, published.milestones, published.loss) == (32, [160, 180], "long-tail")
+    other = train.parse_arguments(["DATA", "--preset", "cifar100-lt", "--head", "softmax", "--lr", "0.2"])
+    assert (other.lr, other.loss, other.start, other.dim, other.weight_decay) == (
+        0.2,
+        "cross-entropy",
+        "none",
+        128,
+        2e-4,
+    )
+    balanced = train.parse_arguments(["DATA", "--preset", "cifar100-balanced", "--head", "softmax"])
+    assert (balanced.lr, balanced.reduction) == (0.01, "mean")
+    etf = train.parse_arguments(["DATA", "--preset", "cifar100-lt", "--head", "etf"])
+    assert (etf.bank, etf.assignment, etf.loss) == ("simplex", "static", "long-tail")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--head", "softmax", "--loss", "balanced"],
+        ["--head", "softmax", "--start", "data"],
+        ["--head", "etf", "--bank", "random"],
+        ["--label-smoothing", "0.1"],
+        ["--start-epoch", "2"],
+        ["--start", "data", "--start-epoch", "20"],
+        ["--mixup", "1", "--batch-size", "7"],
+        ["--imbalance", "0"],
+        ["--holdout", "1"],
+        ["--resume"],
+    ],
+    ids=" ".join,
+)
+def test_flags_that_contradict_each_other_are_refused(flags, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_arguments(["DATA", *flags])
+    assert flags[0] in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["test_resnet", "torchvision/shufflenet_v2_x0_5", "cifar_resnet8"])
+def test_larger_images_go_through_timm(folder, tmp_path, model):
+    flags = ["--model", model, "--image-size", "64", "--workers", "1", "--dim", "3", "--start", "data", "--ema", "0.9"]
+    result = run(folder, tmp_path / "results.jsonl", *flags)
+    assert result["training_images"] == NUM_CLASSES * (TRAIN_IMAGES - 1)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(folder, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--",
+        str(ROOT / "examples/train.py"),
+    ]
+    flags = [
+        "--dim",
+        "3",
+        "--start",
+        "data",
+        "--start-epoch",
+        "1",
+        "--epochs",
+        "2",
+        "--batch-size",
+        "4",
+        "--threads",
+        "1",
+    ]
+    results = tmp_path / "results.jsonl"
+    subprocess.run([*command, str(folder), *TINY, *flags, "--results", str(results)], check=True, capture_output=True)
+    [line] = results.read_text().splitlines()
+    assert json.loads(line)["processes"] == 2
