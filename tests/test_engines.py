@@ -25,10 +25,11 @@ def snippet(heading: str) -> str:
 
 
 def run_snippet(rank: int, heading: str, folder: str) -> dict:
-    # As torchrun sets it, and without GPUs, which two ranks cannot share.
+    # As torchrun sets them, and without GPUs, which two ranks cannot share.
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
     address = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "test"}
-    os.environ |= {name: str(value) for name, value in places.items()} | address
+    threads = {"OMP_NUM_THREADS": "1"}
+    os.environ |= {name: str(value) for name, value in places.items()} | address | threads
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     os.chdir(folder)
     images, labels = torch.randn(NUM_IMAGES, 3, 32, 32), torch.arange(NUM_IMAGES) % NUM_CLASSES
