@@ -187,7 +187,7 @@ class DynamicAssigner(nn.Module):
     def update(self, output: Tensor, target: Tensor) -> None:
         """Feed a batch to the class means; in place.
 
-        Costs O(B D) from embeddings and O(B C D) from logits, whose embeddings are recovered by least squares.
+        Costs O(B D) from embeddings and O(B D^2) from logits, whose embeddings are recovered by least squares.
 
         Args:
             output: what the model returned in training: logits (B, C) or embeddings (B, D).

@@ -23,6 +23,12 @@ SMALLEST_LENGTH = torch.finfo(torch.float32).tiny
 #: Rounding of 2 - 2 cos in float32: pairs of points closer than its root cannot be told from coincident ones.
 SMALLEST_SQUARED_DISTANCE = torch.finfo(torch.float32).eps
 
+#: Singular values of unit rows below this share of the largest are rounding of float32, for a hundred dimensions or more.
+SMALLEST_SPANNING = 1e-5
+
+#: A sample of rows spans the space well enough if what each anchor adds to those before it is at least this long.
+SMALLEST_PIVOT = 0.05
+
 #: A block of cosines is 2048 x 2048 float64, 32 MiB, however many prototypes there are.
 BLOCK_ROWS = 2048
 
@@ -157,6 +163,38 @@ def sampled_largest_cosines(prototypes: Tensor, num_rows: int) -> Tensor:
         cosines[own, places[own]] = -torch.inf
         largest = torch.maximum(largest, cosines.amax(dim=1))
     return largest.float()
+
+
+def spanning_rows(rows: Tensor) -> Tensor:
+    r"""Indices of min(N, D) rows that span what all rows span, as far from dependent as a greedy choice gets.
+
+    Each row chosen is the one with the longest part orthogonal to those before it: QR with column pivoting of the
+    transpose. Of many rows a random sample of 2 D is looked at first, and all of them only if that does not do.
+
+    Args:
+        rows: (N, D) unit rows on the CPU.
+
+    Returns:
+        (min(N, D),) int64.
+
+    Example:
+        >>> spanning_rows(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]])).tolist()
+        [0, 2]
+
+    References:
+        Businger, Golub, Linear least squares solutions by Householder transformations, 1965.
+    """
+    from scipy.linalg import qr
+
+    num_rows, dim = rows.shape
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    sample = torch.randperm(num_rows, generator=generator, device="cpu")[: 2 * dim].sort().values
+    count = min(num_rows, dim)
+    while True:
+        triangle, order = qr(rows[sample].double().T.numpy(), mode="r", pivoting=True, overwrite_a=True)
+        if len(sample) == num_rows or abs(triangle[count - 1, count - 1]) >= SMALLEST_PIVOT:
+            return sample[torch.from_numpy(order[:count]).long()]
+        sample = torch.arange(num_rows, device="cpu")
 
 
 def _summing_dtype(tensor: Tensor) -> torch.dtype:

@@ -18,7 +18,7 @@ from hyperproto.errors import (
     NotLinearError,
     ShapeError,
 )
-from hyperproto.geometry import normalise, sampled_largest_cosines
+from hyperproto.geometry import SMALLEST_SPANNING, normalise, sampled_largest_cosines, spanning_rows
 from hyperproto.matching.check import check_assignment
 from hyperproto.precision import full_precision, keeping_dtype
 from hyperproto.projection import Projection, build_projection, check_features
@@ -86,7 +86,8 @@ class HypersphericalHead(nn.Module):
 
     assignment: Tensor
     logit_scale: Tensor
-    frame_inverse: Tensor | None
+    anchors: Tensor | None
+    anchor_inverse: Tensor | None
     training_output: Final[TrainingOutput]
 
     def __init__(
@@ -131,10 +132,14 @@ class HypersphericalHead(nn.Module):
         self.register_buffer("assignment", torch.arange(num_classes, device="cpu"))
         self.register_buffer("logit_scale", torch.tensor(scale, dtype=torch.float32, device="cpu"))
         self.register_buffer("format_version", format_version())
-        # A head that returns embeddings in training never recovers them, which would take a pass over all classes.
-        inverse = torch.zeros(dim, dim, device="cpu", dtype=torch.float32) if training_output == "logits" else None
-        self.register_buffer("frame_inverse", inverse, persistent=False)
-        self._refresh_frame_inverse()
+        # Rows of the bank, and what recovers embeddings from the cosines with them. A head that returns embeddings in
+        # training has no need of either.
+        recovers, num_anchors = training_output == "logits", min(num_classes, dim)
+        anchors = torch.zeros(num_anchors, device="cpu", dtype=torch.int64) if recovers else None
+        inverse = torch.zeros(num_anchors, dim, device="cpu", dtype=torch.float32) if recovers else None
+        self.register_buffer("anchors", anchors, persistent=False)
+        self.register_buffer("anchor_inverse", inverse, persistent=False)
+        self._choose_anchors()
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
     @property
@@ -207,17 +212,17 @@ class HypersphericalHead(nn.Module):
         """
         check_assignment(assignment, self.num_classes, self.bank.num_prototypes)
         self.assignment.copy_(assignment)
-        # All P = C prototypes span the same frame in any order.
-        if self.bank.num_prototypes > self.num_classes:
-            self._refresh_frame_inverse()
+        self._choose_anchors()
 
     def recover_embeddings(self, logits: Tensor) -> Tensor:
-        r"""Embeddings (B, D) whose logits these are: least squares on the assigned prototypes.
+        r"""Embeddings (B, D) whose logits these are, in O(B D^2) whatever C is.
 
-        .. math:: z = \tfrac{1}{s} \, \text{logits} \; W_\sigma (W_\sigma^\top W_\sigma)^{+}
+        .. math:: z = \tfrac{1}{s} \, \text{logits}_a \; (W_a^\top)^{+}
 
-        Exact for the part of z within their span; what is orthogonal to all of them leaves no
-        trace in any logit and is lost (nothing is lost where they span the space, as for C > D).
+        with the rows W_a of min(C, D) assigned prototypes that span what all of them span (see
+        `geometry.spanning_rows`), and the logits of their labels. Exact for the part of z within their span; what is
+        orthogonal to all of them leaves no trace in any logit and is lost (nothing is lost where they span the space,
+        as for C > D).
 
         Args:
             logits: (B, C).
@@ -225,13 +230,16 @@ class HypersphericalHead(nn.Module):
         Raises:
             ShapeError: the head was made with training_output="embedding", and does not keep what this takes.
         """
-        if self.frame_inverse is None:
+        if self.anchors is None or self.anchor_inverse is None:
             raise ShapeError(
                 f'a head with training_output="embedding" expects embeddings of shape (B, {self.dim}), got logits of '
                 f"shape {tuple(logits.shape)}. Pass what the model returns in train mode, or head.embed(features)."
             )
+        labels = torch.arange(self.num_classes, device=logits.device)
+        label_of = self.assignment.new_zeros(self.bank.num_prototypes).index_copy(0, self.assignment, labels)  # (P,)
         with full_precision(logits.device):
-            return logits.float() @ self.class_prototypes @ (self.frame_inverse / self.logit_scale)
+            of_anchors = logits.gather(1, label_of[self.anchors].expand(len(logits), -1)).float()  # (B, A)
+            return of_anchors @ (self.anchor_inverse / self.logit_scale)
 
     def embeddings_from_output(self, output: Tensor) -> Tensor:
         """(B, D) embeddings from what the model returned: themselves, or recovered from logits.
@@ -363,13 +371,17 @@ class HypersphericalHead(nn.Module):
         return super().__getattr__(name)
 
     @torch.no_grad()
-    def _refresh_frame_inverse(self) -> None:
-        if self.frame_inverse is None or self.frame_inverse.is_meta or self.bank.prototypes.is_meta:
+    def _choose_anchors(self) -> None:
+        if self.anchors is None or self.anchor_inverse is None:
             return
-        frame = self.class_prototypes.cpu().double()
-        # Directions outside the span have eigenvalues at float32 rounding, about 1e-14; the cut lies well above.
-        inverse = torch.linalg.pinv(frame.T @ frame, rtol=1e-10, hermitian=True)
-        self.frame_inverse.copy_(inverse)
+        if self.anchors.is_meta or self.bank.prototypes.is_meta:
+            return
+        # Sorted, so that the choice depends on which prototypes are assigned and not to whom.
+        assigned = self.assignment.cpu().sort().values
+        chosen = assigned[spanning_rows(self.bank.prototypes.cpu()[assigned])]
+        frame = self.bank.prototypes.cpu()[chosen].double()  # (A, D)
+        self.anchors.copy_(chosen)
+        self.anchor_inverse.copy_(torch.linalg.pinv(frame.T, rtol=SMALLEST_SPANNING))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HypersphericalHead":
         if recurse:
@@ -493,7 +505,9 @@ def _check_same_prototypes(expected: Tensor, got: Tensor, name: str) -> None:
 
 
 def _after_load(head: HypersphericalHead, incompatible_keys: object) -> None:
-    # No checkpoint has it: a head that comes from the device "meta" gets its place here.
-    if head.frame_inverse is not None and head.frame_inverse.is_meta:
-        head.frame_inverse = torch.empty_like(head.frame_inverse, device=head.bank.prototypes.device)
-    head._refresh_frame_inverse()
+    # No checkpoint has them: a head that comes from the device "meta" gets their place here.
+    for name in ("anchors", "anchor_inverse"):
+        buffer = getattr(head, name)
+        if buffer is not None and buffer.is_meta:
+            setattr(head, name, torch.empty_like(buffer, device=head.bank.prototypes.device))
+    head._choose_anchors()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 from scipy.special import eval_gegenbauer
 
-from hyperproto import ArgumentError, ShapeError, geometry
+from hyperproto import ArgumentError, PrototypeBank, ShapeError, geometry
 from hyperproto.geometry import (
     cosine_lower_bound,
     hyperspherical_energy,
@@ -18,6 +18,7 @@ from hyperproto.geometry import (
     levenshtein_bound,
     normalise,
     rankin_bound,
+    spanning_rows,
 )
 
 CROSS_POLYTOPE = torch.cat([torch.eye(3), -torch.eye(3)])
@@ -285,3 +286,36 @@ def test_bound_at_very_many_points(num, dim):
 def test_bounds_refuse_numbers_outside_their_range(bound, num, dim):
     with pytest.raises(ArgumentError, match="dim >= 2"):
         bound(num, dim)
+
+
+# Rows that span what all rows span
+
+
+@given(
+    num_rows=st.integers(2, 40),
+    dim=st.integers(2, 12),
+    rank=st.integers(1, 12),
+    seed=st.integers(0, 2**31),
+)
+def test_spanning_rows_span_what_all_rows_span(num_rows, dim, rank, seed):
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.randn(min(rank, dim), dim, generator=generator)
+    rows = normalise(torch.randn(num_rows, len(basis), generator=generator) @ basis)
+    chosen = spanning_rows(rows)
+    assert len(set(chosen.tolist())) == len(chosen) == min(num_rows, dim)
+    everything, part = rows.double().numpy(), rows[chosen].double().numpy()
+    projector = np.linalg.pinv(part, rcond=1e-5) @ part
+    np.testing.assert_allclose(everything @ projector, everything, atol=1e-2)
+
+
+def test_spanning_rows_of_many_looks_at_all_where_a_sample_does_not_span():
+    rows = torch.zeros(500, 3)
+    rows[:, 0] = 1.0
+    rows[137], rows[401] = torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0.0, 0.0, 1.0])
+    assert {137, 401} < set(spanning_rows(rows).tolist())
+
+
+@pytest.mark.parametrize("method", ["random", "code"])
+def test_spanning_rows_of_many_prototypes_are_far_from_dependent(method):
+    rows = PrototypeBank(5000, 64, method=method).prototypes
+    assert np.linalg.cond(rows[spanning_rows(rows)].double().numpy()) < 100

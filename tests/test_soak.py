@@ -228,7 +228,7 @@ class Soak:
         """One of many; each must be refused by name, and leave everything as it was."""
         head, assigner, own = self.head, self.assigner, len(self.prototypes)
         output, labels = torch.zeros(2, NUM_CLASSES), torch.tensor([0, 1])
-        if head.frame_inverse is None:
+        if head.anchors is None:
             output = torch.zeros(2, head.dim)
         state, of_assigner = self.model.state_dict(), assigner.state_dict()
         twice = torch.tensor([0, 1, 2, 3, 4, 4])
