@@ -23,7 +23,7 @@ SMALLEST_LENGTH = torch.finfo(torch.float32).tiny
 #: Rounding of 2 - 2 cos in float32: pairs of points closer than its root cannot be told from coincident ones.
 SMALLEST_SQUARED_DISTANCE = torch.finfo(torch.float32).eps
 
-#: Singular values of unit rows below this share of the largest are rounding of float32, for a hundred dimensions or more.
+#: Singular values below this share of the largest are rounding of float32.
 SMALLEST_SPANNING = 1e-5
 
 #: A sample of rows spans the space well enough if what each anchor adds to those before it is at least this long.
