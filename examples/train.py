@@ -157,7 +157,9 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--label-smoothing", type=float, default=0.0, help="of a cross-entropy loss")
     training.add_argument("--mixup", type=float, default=0.0, help="alpha; 0: none")
     training.add_argument("--ema", type=float, help="decay of an average of the weights, which is then evaluated")
-    training.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="bf16", help="of the backbone")
+    training.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+                          help="of the backbone; auto: bf16 on a GPU that has it, else fp32. CPUs without AVX-512 or "
+                          "AMX compute many times slower in bf16")
     training.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True,
                           help="memory format of images and convolutions")
     training.add_argument("--compile", action="store_true", help="torch.compile the model")
@@ -215,6 +217,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.assignment = args.assignment or ("dynamic" if args.head == "dl2pa" else "static")
     if args.warmup_epochs is None:
         args.warmup_epochs = 0.3 * args.epochs if args.schedule == "one-cycle" else 0.0
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if args.precision == "auto":
+        args.precision = "bf16" if args.device == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     return args
 
 
@@ -233,8 +239,6 @@ def world_size() -> int:
 
 def start_processes(name: str) -> torch.device:
     """The device of this process; joins the others if torchrun started it."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if "LOCAL_RANK" in os.environ:
         dist.init_process_group("nccl" if name == "cuda" else "gloo")
         if name == "cuda":

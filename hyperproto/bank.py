@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from hyperproto.constructions import CONSTRUCTIONS, choose_method
+from hyperproto.constructions.class_vectors import class_vector_points
 from hyperproto.constructions.code import choose_code
-from hyperproto.errors import BankError, ShapeError
+from hyperproto.errors import ArgumentError, BankError, ShapeError
 from hyperproto.geometry import cosine_lower_bound, largest_cosines, normalise, sampled_largest_cosines
 from hyperproto.precision import keeping_dtype
 
@@ -130,11 +131,7 @@ class PrototypeBank(nn.Module):
             tensor([[ 1.,  0.],
                     [ 0., -1.]])
         """
-        if prototypes.dim() != 2 or min(prototypes.shape) < 2 or not prototypes.is_floating_point():
-            raise ShapeError(
-                "expected prototypes of shape (P, D), P >= 2 and D >= 2, in a floating dtype, got "
-                f"{tuple(prototypes.shape)} and {prototypes.dtype}."
-            )
+        _check_matrix(prototypes, "prototypes of shape (P, D), P >= 2 and D >= 2", smallest=(2, 2))
         unit_rows = normalise(prototypes.detach())
         # NaN compares false, so that rows of NaN or infinity are caught with the zero rows.
         pointless = torch.nonzero(~(unit_rows.norm(dim=1) > 0.5)).flatten().tolist()
@@ -143,10 +140,58 @@ class PrototypeBank(nn.Module):
                 f"expected finite, non-zero prototypes, got {len(pointless)} rows without a direction, "
                 f"the first at {pointless[:5]}. Drop or replace them."
             )
+        return cls._holding(unit_rows, "given")
+
+    @classmethod
+    def from_class_vectors(cls, vectors: Tensor, dim: int, *, strength: float = 0.5, seed: int = 0) -> "PrototypeBank":
+        r"""A bank in which classes with similar vectors may lie nearer to each other; `method` is "class vectors".
+
+        .. math:: \min_W \max_{i \neq j} \left( \langle w_i, w_j \rangle - t \, s_{ij} \right), \qquad
+                  s_{ij} = \cos(v_i - \bar v, \, v_j - \bar v)
+
+        Vectors may be word or text embeddings of the class names, attributes, or the weights of a trained classifier.
+        Row i is the prototype of class i: the first assignment of a head, label i to row i, is the right one.
+
+        Args:
+            vectors: (C, E) floating point, finite, C >= 2; only their directions from their mean count.
+            dim: D >= 2, whatever E is.
+            strength: t in [0, 1]: 0 separates all pairs alike, 1 lets classes of equal vectors coincide.
+            seed: of the random start.
+
+        Raises:
+            ShapeError: not a floating matrix of at least two rows.
+            ArgumentError: strength outside [0, 1].
+            BankError: vectors that are not finite, or equal to the mean of all.
+
+        Example:
+            >>> bank = PrototypeBank.from_class_vectors(torch.randn(20, 300), dim=8)
+            >>> bank.prototypes.shape, bank.method
+            (torch.Size([20, 8]), 'class vectors')
+
+        References:
+            Mettes et al., NeurIPS 2019, section 3.2 (privileged information).
+        """
+        _check_matrix(vectors, "class vectors of shape (C, E), C >= 2", smallest=(2, 1))
+        if not 0.0 <= strength <= 1.0:
+            raise ArgumentError(f"strength must lie in [0, 1], got {strength}.")
+        vectors = vectors.detach().cpu().double()
+        # NaN and infinity make the largest offset NaN, which compares false.
+        offsets = (vectors - vectors.mean(dim=0)).norm(dim=1)
+        pointless = torch.nonzero(~(offsets > 1e-6 * offsets.max())).flatten().tolist()
+        if pointless:
+            raise BankError(
+                f"expected finite class vectors that differ from their mean, got {len(pointless)} others, the first at "
+                f"{pointless[:5]}. Give those classes vectors of their own."
+            )
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        return cls._holding(class_vector_points(vectors, dim, generator, strength=strength), "class vectors")
+
+    @classmethod
+    def _holding(cls, prototypes: Tensor, method: str) -> "PrototypeBank":
         bank = cls.__new__(cls)
         nn.Module.__init__(bank)
-        bank.register_buffer("prototypes", unit_rows)
-        bank.method = "given"
+        bank.register_buffer("prototypes", prototypes)
+        bank.method = method
         return bank
 
     @property
@@ -201,6 +246,12 @@ class PrototypeBank(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PrototypeBank":
         return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
+
+
+def _check_matrix(matrix: Tensor, what: str, *, smallest: tuple[int, int]) -> None:
+    fits = matrix.dim() == 2 and matrix.shape[0] >= smallest[0] and matrix.shape[1] >= smallest[1]
+    if not fits or not matrix.is_floating_point():
+        raise ShapeError(f"expected {what}, in a floating dtype, got {tuple(matrix.shape)} and {matrix.dtype}.")
 
 
 def _check_energy_options(method: str, power: int, half_space: bool) -> None:

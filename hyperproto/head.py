@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperproto.bank import PrototypeBank
-from hyperproto.checkpoint import check_format, format_version, stamp_format_
+from hyperproto.checkpoint import check_format, check_same_prototypes, format_version, stamp_format_
 from hyperproto.errors import (
     ArgumentError,
     AssignmentError,
@@ -31,10 +31,6 @@ torch.fx.wrap("normalise")
 
 #: A sample exactly on its prototype gets about this probability under the default logit scale.
 PLACED_PROBABILITY = 0.99
-
-#: Largest difference of an entry between prototypes that count as the same: what other machines' rounding makes of one
-#: construction, and far below what separates two.
-SAME_PROTOTYPES = 1e-4
 
 #: Classes that `HypersphericalHead.topk` compares at a time.
 TOPK_CHUNK = 16_384
@@ -238,8 +234,8 @@ class HypersphericalHead(nn.Module):
         labels = torch.arange(self.num_classes, device=logits.device)
         label_of = self.assignment.new_zeros(self.bank.num_prototypes).index_copy(0, self.assignment, labels)  # (P,)
         with full_precision(logits.device):
-            of_anchors = logits.gather(1, label_of[self.anchors].expand(len(logits), -1)).float()  # (B, A)
-            return of_anchors @ (self.anchor_inverse / self.logit_scale)
+            cosines = logits.gather(1, label_of[self.anchors].expand(len(logits), -1)).float() / self.logit_scale
+            return cosines @ self.anchor_inverse  # (B, A), (A, D) -> (B, D)
 
     def embeddings_from_output(self, output: Tensor) -> Tensor:
         """(B, D) embeddings from what the model returned: themselves, or recovered from logits.
@@ -343,7 +339,7 @@ class HypersphericalHead(nn.Module):
         check_format(state_dict, prefix)
         prototypes = state_dict.get(prefix + "bank.prototypes")
         if prototypes is not None:
-            _check_same_prototypes(self.bank.prototypes, prototypes, prefix + "bank.prototypes")
+            check_same_prototypes(self.bank.prototypes, prototypes, prefix + "bank.prototypes")
         assignment = state_dict.get(prefix + "assignment")
         if assignment is not None and not assignment.is_meta:
             try:
@@ -477,31 +473,6 @@ def _check_options(
             raise ArgumentError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
     if logit_scale is not None and not (math.isfinite(logit_scale) and logit_scale > 0):
         raise ArgumentError(f"logit_scale must be finite and positive, got {logit_scale}.")
-
-
-def _check_same_prototypes(expected: Tensor, got: Tensor, name: str) -> None:
-    if got.shape != expected.shape:
-        raise BankError(
-            f"the checkpoint's {name} has shape {tuple(got.shape)}, this head expects {tuple(expected.shape)} (number "
-            "of prototypes, dimension). Convert the model with the checkpoint's dim and bank before loading."
-        )
-    if got.dtype != expected.dtype:
-        raise BankError(
-            f"the checkpoint's {name} has dtype {got.dtype}, prototypes are {expected.dtype} in every model. Leave "
-            "them out when a checkpoint is cast; or, if the bank was built as this head's, put them back: "
-            f'checkpoint["{name}"] = head.bank.prototypes.'
-        )
-    if got.is_meta or expected.is_meta:
-        return
-    difference = float((got.to(expected.device) - expected).abs().max())
-    # Memory that nothing was written to holds no unit rows.
-    have_values = bool(((expected.norm(dim=1) - 1.0).abs() < 0.01).all())
-    if have_values and not difference <= SAME_PROTOTYPES:
-        raise BankError(
-            f"the checkpoint's {name} holds other prototypes than this head: entries differ by up to {difference:.2g}. "
-            "Build the head with the same method and seed, or with the checkpoint's own prototypes: "
-            f'bank=PrototypeBank.from_tensor(checkpoint["{name}"]).'
-        )
 
 
 def _after_load(head: HypersphericalHead, incompatible_keys: object) -> None:

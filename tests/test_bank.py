@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from hyperproto import BankError, PrototypeBank, ShapeError
+from hyperproto import ArgumentError, BankError, PrototypeBank, ShapeError
 from hyperproto.constructions import CONSTRUCTIONS
 
 
@@ -153,6 +153,91 @@ def test_no_bank_beats_the_bound(num, dim):
 
 def test_coincident_prototypes_report_an_angle_of_zero():
     assert PrototypeBank.from_tensor(torch.ones(3, 3)).report().min_angle_deg == pytest.approx(0, abs=0.05)
+
+
+# From class vectors
+
+
+def cosines_of(rows: torch.Tensor) -> np.ndarray:
+    """(P, P - 1) cosines of each row with the others, in NumPy."""
+    rows = rows.double().numpy()
+    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return (rows @ rows.T)[~np.eye(len(rows), dtype=bool)].reshape(len(rows), -1)
+
+
+def class_vectors(num_groups: int = 5, size: int = 4, width: int = 30) -> torch.Tensor:
+    """Groups of similar classes."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(num_groups, 1, width, generator=generator)
+    return (centres + 0.5 * torch.randn(num_groups, size, width, generator=generator)).flatten(0, 1)
+
+
+@pytest.mark.parametrize("dim", [3, 8, 40])
+def test_similar_classes_may_lie_nearer(dim):
+    vectors = class_vectors()
+    wanted = cosines_of(vectors - vectors.mean(dim=0))
+    agreements = [
+        np.corrcoef(
+            wanted.flatten(),
+            cosines_of(PrototypeBank.from_class_vectors(vectors, dim, strength=strength).prototypes).flatten(),
+        )[0, 1]
+        for strength in (0.0, 0.5, 1.0)
+    ]
+    assert abs(agreements[0]) < 0.3
+    assert agreements[1] > agreements[0] + 0.4
+    assert agreements[2] > 0.9 if dim >= 8 else agreements[2] > agreements[0] + 0.4
+
+
+def test_without_an_allowance_class_vectors_play_no_part():
+    bank = PrototypeBank.from_class_vectors(class_vectors(), 4, strength=0.0)
+    assert torch.equal(bank.prototypes, PrototypeBank(20, 4, method="separated").prototypes)
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.7])
+def test_no_pair_exceeds_what_it_is_allowed_by_more_than_a_random_bank(strength):
+    vectors = class_vectors()
+    allowed = strength * cosines_of(vectors - vectors.mean(dim=0))
+    for seed in range(3):
+        bank = PrototypeBank.from_class_vectors(vectors, 8, strength=strength, seed=seed)
+        separated = PrototypeBank(20, 8, method="separated", seed=seed)
+        excess, other = ((cosines_of(each.prototypes) - allowed).max() for each in (bank, separated))
+        assert excess < other - 0.1
+
+
+def test_length_and_place_of_class_vectors_do_not_count():
+    vectors = class_vectors().double()
+    bank = PrototypeBank.from_class_vectors(vectors, 6)
+    moved = PrototypeBank.from_class_vectors(3.0 * vectors + 7.0, 6)
+    torch.testing.assert_close(cosines_tensor(bank), cosines_tensor(moved), atol=1e-3, rtol=0)
+
+
+def cosines_tensor(bank: PrototypeBank) -> torch.Tensor:
+    return bank.prototypes @ bank.prototypes.T
+
+
+def test_equal_class_vectors_give_prototypes_apart():
+    vectors = class_vectors()
+    vectors[1] = vectors[0]
+    report = PrototypeBank.from_class_vectors(vectors, 8).report()
+    assert report.max_cosine < 0.9
+
+
+@pytest.mark.parametrize(
+    ("vectors", "options", "error", "message"),
+    [
+        (torch.zeros(3), {}, ShapeError, r"\(C, E\)"),
+        (torch.zeros(3, 4, dtype=torch.int64), {}, ShapeError, "floating"),
+        (torch.zeros(1, 4), {}, ShapeError, "C >= 2"),
+        (torch.ones(3, 4), {}, BankError, "differ from their mean"),
+        (torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]]), {}, BankError, r"the first at \[2\]"),
+        (torch.full((3, 4), float("nan")), {}, BankError, "finite"),
+        (torch.randn(3, 4), {"strength": 1.5}, ArgumentError, r"\[0, 1\]"),
+        (torch.randn(3, 4), {"dim": 1}, BankError, "dim >= 2"),
+    ],
+)
+def test_class_vectors_that_say_nothing_are_refused(vectors, options, error, message):
+    with pytest.raises(error, match=message):
+        PrototypeBank.from_class_vectors(vectors, **({"dim": 3} | options))
 
 
 # Life as a module

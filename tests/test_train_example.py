@@ -68,7 +68,7 @@ HEADS = {
     "softmax": ["--head", "softmax"],
     "softmax with a bottleneck": ["--head", "softmax", "--dim", "3", "--projection", "linear"],
     "etf": ["--head", "etf", "--loss", "long-tail"],
-    "hpn": ["--head", "hpn", "--dim", "3", "--reduction", "sum", "--lr", "0.0025"],
+    "hpn": ["--head", "hpn", "--dim", "3", "--reduction", "sum", "--lr", "0.001"],
     "dl2pa": ["--head", "dl2pa", "--dim", "3", "--start", "random", "--assign-every", "0.5"],
     "dl2pa from data": ["--head", "dl2pa", "--dim", "3", "--loss", "cross-entropy", "--start", "data"],
 }
@@ -287,6 +287,11 @@ def test_flags_override_the_preset_and_its_head_options_stay_with_its_head():
     assert (balanced.lr, balanced.reduction) == (0.01, "mean")
     etf = train.parse_arguments(["DATA", "--preset", "cifar100-lt", "--head", "etf"])
     assert (etf.bank, etf.assignment, etf.loss) == ("simplex", "static", "long-tail")
+
+
+def test_precision_is_what_the_device_computes_fast_unless_it_is_given():
+    assert train.parse_arguments(["DATA", "--device", "cpu"]).precision == "fp32"
+    assert train.parse_arguments(["DATA", "--device", "cpu", "--precision", "bf16"]).precision == "bf16"
 
 
 @pytest.mark.parametrize(

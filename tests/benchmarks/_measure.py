@@ -23,6 +23,18 @@ def time_calls(call: Callable[[], object], *, repeats: int, warm_up: int = 1) ->
     return median(seconds)
 
 
+def time_alternately(first: Callable[[], object], second: Callable[[], object], *, repeats: int) -> tuple[float, float]:
+    """Median seconds of two calls that take turns, so that what else the machine does slows both."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for number in range(repeats + 3):
+        for call, taken in zip((first, second), seconds, strict=True):
+            start = time.perf_counter()
+            call()
+            if number >= 3:  # the first ones warm up
+                taken.append(time.perf_counter() - start)
+    return median(seconds[0]), median(seconds[1])
+
+
 def resident_mib() -> float:
     """Memory of this process now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])

@@ -19,13 +19,16 @@ from pathlib import Path
 import assignment
 import scipy
 import torch
-from _measure import PeakMemory, in_new_process, time_calls
+from _measure import PeakMemory, in_new_process, time_alternately, time_calls
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 import hyperproto
 
 BATCH, DIM = 256, 512
+
+#: Up to so many classes nn.Linear and a head take turns in one process, and their ratio is of that.
+LARGEST_ALTERNATING = 10_000
 HERE = Path(__file__)
 ROOT = HERE.parents[2]
 
@@ -40,28 +43,32 @@ def timed(step: Callable[[], object], repeats: int) -> dict[str, float]:
     return {"seconds": seconds, "mib": memory.mib}
 
 
-def batch(num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(num_classes: int, dim: int = DIM) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(BATCH, DIM, generator=generator).requires_grad_()
+    features = torch.randn(BATCH, dim, generator=generator).requires_grad_()
     return features, torch.randint(num_classes, (BATCH,), generator=generator)
 
 
-def linear_step(num_classes: int, repeats: int) -> dict[str, float]:
-    features, labels = batch(num_classes)
-    layer = nn.Linear(DIM, num_classes)
+def linear_stepper(num_classes: int, dim: int) -> Callable[[], None]:
+    features, labels = batch(num_classes, dim)
+    layer = nn.Linear(dim, num_classes)
 
     def step() -> None:
         layer.zero_grad(set_to_none=True)
         cross_entropy(layer(features), labels).backward()
 
-    return timed(step, repeats)
+    return step
 
 
-def arcface_step(num_classes: int, repeats: int) -> dict[str, float]:
+def linear_step(num_classes: int, repeats: int, dim: int = DIM) -> dict[str, float]:
+    return timed(linear_stepper(num_classes, dim), repeats)
+
+
+def arcface_step(num_classes: int, repeats: int, dim: int = DIM) -> dict[str, float]:
     from pytorch_metric_learning.losses import ArcFaceLoss
 
-    features, labels = batch(num_classes)
-    loss = ArcFaceLoss(num_classes, DIM)
+    features, labels = batch(num_classes, dim)
+    loss = ArcFaceLoss(num_classes, dim)
 
     def step() -> None:
         loss.zero_grad(set_to_none=True)
@@ -70,29 +77,44 @@ def arcface_step(num_classes: int, repeats: int) -> dict[str, float]:
     return timed(step, repeats)
 
 
-def head_step(
-    num_classes: int, repeats: int, output: str, dynamic: bool = False, projection: str = "none"
-) -> dict[str, float]:
-    features, labels = batch(num_classes)
-    bank = hyperproto.PrototypeBank(num_classes, DIM, method="random")  # the method plays no part in a step's cost
-    head = hyperproto.HypersphericalHead(
-        DIM, num_classes, bank=bank, projection=projection, training_output=output, logit_scale=10.0
+def build_head(
+    num_classes: int, output: str, projection: str = "none", dim: int = DIM
+) -> hyperproto.HypersphericalHead:
+    bank = hyperproto.PrototypeBank(num_classes, dim, method="random")  # the method plays no part in a step's cost
+    return hyperproto.HypersphericalHead(
+        dim, num_classes, bank=bank, projection=projection, training_output=output, logit_scale=10.0
     )
+
+
+def head_stepper(head: hyperproto.HypersphericalHead, dynamic: bool) -> Callable[[], None]:
+    features, labels = batch(head.num_classes, head.dim)
     criterion = hyperproto.BalancedLoss(hyperproto.DynamicAssigner(head) if dynamic else head)
 
     def step() -> None:
         head.zero_grad(set_to_none=True)
         criterion(head(features), labels).backward()
 
+    return step
+
+
+def head_step(num_classes: int, repeats: int, output: str, dim: int = DIM) -> dict[str, float]:
+    head = build_head(num_classes, output, dim=dim)
     trainable = sum(parameter.numel() * parameter.element_size() for parameter in head.parameters())
-    return timed(step, repeats) | {"trainable_bytes": trainable}
+    step = head_stepper(head, dynamic=False)
+    result = timed(step, repeats) | {"trainable_bytes": trainable}
+    if num_classes <= LARGEST_ALTERNATING:
+        result["linear"], result["seconds"] = time_alternately(linear_stepper(num_classes, dim), step, repeats=repeats)
+    return result
+
+
+def dynamic_step(num_classes: int, repeats: int, output: str, projection: str) -> dict[str, float]:
+    steps = (head_stepper(build_head(num_classes, output, projection), dynamic) for dynamic in (False, True))
+    static, dynamic = time_alternately(*steps, repeats=repeats)
+    return {"static": static, "dynamic": dynamic}
 
 
 def topk_evaluation(num_classes: int, chunked: bool) -> dict[str, float]:
-    bank = hyperproto.PrototypeBank(num_classes, DIM, method="random")
-    head = hyperproto.HypersphericalHead(
-        DIM, num_classes, bank=bank, projection="none", training_output="embedding", logit_scale=10.0
-    ).eval()
+    head = build_head(num_classes, "embedding").eval()
     features = batch(num_classes)[0].detach()
     with torch.no_grad():
         if chunked:
@@ -100,21 +122,18 @@ def topk_evaluation(num_classes: int, chunked: bool) -> dict[str, float]:
         return timed(lambda: head(features).topk(5, dim=1), 3)
 
 
-def resnet_step(repeats: int, dynamic: bool) -> dict[str, float]:
+def resnet_step(repeats: int) -> dict[str, float]:
     import timm
 
     model = hyperproto.convert_model(timm.create_model("resnet18", num_classes=1000), dim=DIM)
-    criterion = hyperproto.BalancedLoss(hyperproto.DynamicAssigner(model) if dynamic else model)
+    criterion = hyperproto.BalancedLoss(model)
     images, labels = torch.randn(BATCH, 3, 64, 64), batch(1000)[1]
     return timed(lambda: criterion(model(images), labels).backward(), repeats)
 
 
 def update_alone(num_classes: int, output: str, repeats: int) -> dict[str, float]:
     features, labels = batch(num_classes)
-    bank = hyperproto.PrototypeBank(num_classes, DIM, method="random")
-    head = hyperproto.HypersphericalHead(
-        DIM, num_classes, bank=bank, projection="none", training_output=output, logit_scale=10.0
-    )
+    head = build_head(num_classes, output)
     assigner = hyperproto.DynamicAssigner(head)
     returned = head(features).detach()
     return timed(lambda: assigner.update(returned, labels), repeats)
@@ -159,6 +178,7 @@ CASES = {
         linear_step,
         arcface_step,
         head_step,
+        dynamic_step,
         topk_evaluation,
         resnet_step,
         update_alone,
@@ -182,21 +202,27 @@ def table(title: str, header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows), ""])
 
 
+#: Names in tables and pictures of the classifiers whose steps are compared.
+LINEAR, ARCFACE = "nn.Linear + cross-entropy", "ArcFaceLoss (pytorch-metric-learning)"
+LOGITS, EMBEDDINGS = "head, logits", "head, embeddings"
+
+
+def measure_steps(num_classes: int, dim: int) -> dict[str, dict[str, float]]:
+    repeats = 40 if num_classes <= 10_000 else 3
+    size = {"num_classes": num_classes, "dim": dim}
+    entries = {LINEAR: run("linear_step", repeats=repeats, **size)}
+    if num_classes <= 100_000:
+        entries[ARCFACE] = run("arcface_step", repeats=repeats, **size)
+        entries[LOGITS] = run("head_step", repeats=repeats, output="logits", **size)
+    return entries | {EMBEDDINGS: run("head_step", repeats=20, output="embedding", **size)}
+
+
 def step_section(quick: bool) -> str:
-    rows, growth = [], {}
-    for num_classes in (1_000, 10_000) if quick else (1_000, 10_000, 100_000, 1_000_000):
-        repeats = 20 if num_classes <= 10_000 else 3
-        peer = run("linear_step", num_classes=num_classes, repeats=repeats)
-        entries = {"nn.Linear + cross-entropy": peer}
-        if num_classes <= 100_000:
-            entries["ArcFaceLoss (pytorch-metric-learning)"] = run(
-                "arcface_step", num_classes=num_classes, repeats=repeats
-            )
-            entries["head, logits"] = run("head_step", num_classes=num_classes, repeats=repeats, output="logits")
-        entries["head, embeddings"] = run("head_step", num_classes=num_classes, repeats=20, output="embedding")
-        growth[num_classes] = {name: entry["seconds"] for name, entry in entries.items()}
+    by_classes = {num: measure_steps(num, DIM) for num in (1_000, 10_000, *(() if quick else (100_000, 1_000_000)))}
+    rows = []
+    for num_classes, entries in by_classes.items():
         for name, entry in entries.items():
-            speed = peer["seconds"] / entry["seconds"]
+            speed = entry.get("linear", entries[LINEAR]["seconds"]) / entry["seconds"]
             rows.append(
                 [
                     f"{num_classes:,}",
@@ -210,26 +236,26 @@ def step_section(quick: bool) -> str:
     header = ["C", "classifier and loss", "ms", "speed against nn.Linear", "peak MiB", "trainable bytes"]
     text = table(f"One training step, forward and backward (B = {BATCH}, D = {DIM})", header, rows)
     if not quick:
-        draw_growth(growth, ROOT / "docs/images/growth.png")
-    return text + "\n![Milliseconds of a training step against the number of classes.](images/growth.png)\n"
+        by_dim = {dim: measure_steps(10_000, dim) for dim in (64, 128, 256, 512, 1024, 2048)}
+        draw_growth(by_classes, by_dim, ROOT / "docs/images/growth.png")
+    return text + "\n![Milliseconds of a training step against classes and dimension.](images/growth.png)\n"
 
 
 def dynamic_section(quick: bool) -> str:
     rows = []
-    repeats = 10 if quick else 40
+    repeats = 10 if quick else 100
     for output in ("logits", "embedding"):
         for projection in ("none", "auto"):
-            arguments = {"num_classes": 1000, "repeats": repeats, "output": output, "projection": projection}
-            static, dynamic = run("head_step", **arguments), run("head_step", **arguments, dynamic=True)
+            entry = run("dynamic_step", num_classes=1000, repeats=repeats, output=output, projection=projection)
             rows.append(
                 [
                     f"head, {output}, projection {projection}",
-                    f"{1e3 * static['seconds']:.2f}",
-                    f"{1e3 * dynamic['seconds']:.2f}",
-                    f"{dynamic['seconds'] / static['seconds']:.2f}",
+                    f"{1e3 * entry['static']:.2f}",
+                    f"{1e3 * entry['dynamic']:.2f}",
+                    f"{entry['dynamic'] / entry['static']:.2f}",
                 ]
             )
-    step = run("resnet_step", repeats=2 if quick else 5, dynamic=False)
+    step = run("resnet_step", repeats=2 if quick else 5)
     for output in ("logits", "embedding"):
         update = run("update_alone", num_classes=1000, output=output, repeats=repeats)
         rows.append(
@@ -306,18 +332,24 @@ def assignment_section(quick: bool) -> str:
     )
 
 
-def draw_growth(growth: dict[int, dict[str, float]], path: Path) -> None:
+def draw_growth(
+    by_classes: dict[int, dict[str, dict[str, float]]], by_dim: dict[int, dict[str, dict[str, float]]], path: Path
+) -> None:
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
-    for name in dict.fromkeys(name for entry in growth.values() for name in entry):
-        points = [(num, 1e3 * entry[name]) for num, entry in growth.items() if name in entry]
-        axes.loglog(*zip(*points, strict=True), marker="o", label=name)
-    axes.set(xlabel="classes C", ylabel="ms per step", title=f"forward, loss and backward (B = {BATCH}, D = {DIM})")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+    labels = ("classes C (D = 512)", "dimension D (C = 10,000)")
+    for axes, growth, label in zip(panels, (by_classes, by_dim), labels, strict=True):
+        for name in (LINEAR, ARCFACE, LOGITS, EMBEDDINGS):
+            points = [(size, 1e3 * entries[name]["seconds"]) for size, entries in growth.items() if name in entries]
+            axes.loglog(*zip(*points, strict=True), marker="o", label=name)
+        axes.set(xlabel=label)
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel="ms per step")
+    panels[0].legend(fontsize=8)
+    figure.suptitle(f"forward, loss and backward (B = {BATCH})")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
 
 
 SECTIONS = {
@@ -348,8 +380,8 @@ def write_page(sections: dict[str, str]) -> None:
             sections.setdefault(name, found[1])
     head = (
         "# Performance\n\nMade by `python tests/benchmarks/performance.py`. Each row is a process of its own; seconds "
-        "are medians, memory is the peak above what the process held before. Ratios are what carries over to other "
-        "machines.\n\n"
+        "are medians, memory is the peak above what the process held before. Up to 10,000 classes, heads take turns "
+        "with nn.Linear, and dynamic heads with static ones. Ratios are what carries over to other machines.\n\n"
     )
     PAGE.write_text(
         head + "\n".join(f"<!-- {name} -->\n{sections[name]}<!-- end -->\n" for name in SECTIONS if name in sections)

@@ -1,0 +1,122 @@
+"""The runs behind docs/results.md, made by examples/train.py: those that experiments/results/ does not have yet.
+
+    python experiments/cifar100.py balanced DATA --jobs 2 --threads 1     # two runs at a time, each on a core
+    python experiments/cifar100.py long-tail DATA --list                  # what is done and what is not
+    python experiments/tables.py                                          # docs/results.md from all results
+
+DATA is a folder of CIFAR-100's class folders, DATA/train/<class>/*.png and DATA/test/<class>/*.png: 200 training images
+of each class for "balanced" and "banks", the 10,847 images of the published profile at imbalance 0.01 for "long-tail".
+Other flags go to train.py, such as --precision fp32 and --threads 1; what they change is rounding. Runs that are
+interrupted go on where they stopped.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "examples"))
+
+import train  # noqa: E402
+
+#: Arguments that change a result by rounding only.
+ROUNDING_ARGUMENTS = ("precision", "channels_last", "compile")
+
+SEEDS = (0, 1, 2)
+DIMS = (50, 10, 25, 100)
+
+# fmt: off
+#: The same network, epochs, schedule and projection for all; each row's own flags are the best of those tried.
+METHODS: dict[str, dict[str, str]] = {
+    "balanced": {
+        "softmax": "--head softmax --lr 0.1",
+        "ETF [2]": "--head etf --loss cross-entropy --lr 0.1",
+        "HPN, static [3]": "--head hpn --loss balanced --reduction sum --lr 0.05",
+        "DL2PA as published [1]": "--head dl2pa --bank uniform --start random --momentum 0.95 --loss balanced "
+                                  "--reduction sum --lr 0.05",
+    },
+    "long-tail": {
+        "softmax": "--head softmax --lr 0.1",
+        "ETF + dot regression [2]": "--head etf --loss long-tail --lr 0.1",
+        "DL2PA as published [1]": "--head dl2pa --bank uniform --start random --momentum 0.95 --loss long-tail "
+                                  "--lr 0.1",
+    },
+}
+# fmt: on
+BUDGET = {
+    "balanced": "--model cifar_resnet20 --epochs 10 --projection linear+bn",
+    "long-tail": "--model cifar_resnet20 --epochs 20 --projection linear+bn --mixup 1.0",
+}
+
+
+def runs(suite: str) -> Iterator[tuple[str, list[str]]]:
+    """Name of the method and flags of train.py of each run, the most telling first."""
+    for seed in SEEDS:
+        for dim in DIMS if suite == "balanced" else (100,):
+            for method, flags in METHODS[suite].items():
+                # A simplex needs as many dimensions as there are classes.
+                if method.startswith("ETF") and dim != 100:
+                    continue
+                yield method, [*shlex.split(f"{BUDGET[suite]} {flags}"), "--dim", str(dim), "--seed", str(seed)]
+
+
+def deciding(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Of a run's arguments, those that decide its result."""
+    return {key: value for key, value in arguments.items() if key not in ROUNDING_ARGUMENTS}
+
+
+def arguments_of(flags: list[str]) -> dict[str, Any]:
+    """What decides the result of a run with these flags, as its result line holds it."""
+    described = train.described(train.parse_arguments(["DATA", *flags]))
+    return deciding(json.loads(json.dumps(described)))
+
+
+def results_of(suite: str) -> list[dict[str, Any]]:
+    """All result lines of a suite."""
+    path = HERE / "results" / f"{suite}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def main() -> None:
+    """Start what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=METHODS)
+    parser.add_argument("data", type=Path, help="folder of class folders")
+    parser.add_argument("--list", action="store_true", help="only say what is done and what is not")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--limit", type=int, help="start no more than so many runs")
+    arguments, more_flags = parser.parse_known_args()
+    done = [deciding(result["arguments"]) for result in results_of(arguments.suite)]
+    missing = [(name, flags) for name, flags in runs(arguments.suite) if arguments_of(flags) not in done]
+    print(f"{len(done)} results, {len(missing)} runs missing", flush=True)
+
+    def start(run: tuple[str, list[str]]) -> None:
+        name, flags = run
+        digest = sha256(" ".join(flags).encode()).hexdigest()[:12]
+        output = HERE / "output" / arguments.suite / digest
+        output.mkdir(parents=True, exist_ok=True)
+        print(f"{name}: {' '.join(flags)} -> {output}", flush=True)
+        command = [sys.executable, str(HERE.parent / "examples/train.py"), str(arguments.data), *flags]
+        command += ["--cache", str(HERE / "output" / f"{arguments.suite}.pt"), "--output", str(output), "--resume"]
+        command += ["--results", str(HERE / "results" / f"{arguments.suite}.jsonl"), "--quiet", *more_flags]
+        with (output / "log.txt").open("a") as log:
+            if subprocess.run(command, stdout=log, stderr=log).returncode:
+                print(f"failed: see {output / 'log.txt'}", flush=True)
+
+    if arguments.list:
+        for name, flags in missing:
+            print(f"{name}: {' '.join(flags)}")
+        return
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(start, missing[: arguments.limit]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Writes the tables of docs/results.md from the result lines in experiments/results/.
+
+    python experiments/tables.py
+
+Every figure is of the last epoch; n runs with other seeds give mean and standard deviation, and one run stands alone.
+"""
+
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import cifar100
+
+PAGE = Path(__file__).parents[1] / "docs/results.md"
+
+#: Column of the tables, key of the result lines.
+FIGURES = {
+    "accuracy": "top1",
+    "head": "head_accuracy",
+    "median": "median_accuracy",
+    "tail": "tail_accuracy",
+    "top 5": "top5",
+    "calibration error": "calibration_error",
+    "after fitting": "calibration_error_fitted",
+}
+
+
+def collect(suite: str) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """Result lines by method and dimension, in the order of the suite; those of no run of the suite are left out."""
+    results = cifar100.results_of(suite)
+    found: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for method, flags in cifar100.runs(suite):
+        arguments = cifar100.arguments_of(flags)
+        found[method, arguments["dim"]] += [r for r in results if cifar100.deciding(r["arguments"]) == arguments]
+    return {key: lines for key, lines in found.items() if lines}
+
+
+def shown(lines: list[dict[str, Any]], key: str) -> str:
+    """Mean and standard deviation of a figure."""
+    values = [line[key] for line in lines]
+    if any(value is None for value in values):
+        return "-"
+    return f"{values[0]:.1f}" if len(values) == 1 else f"{mean(values):.1f} ± {stdev(values):.1f}"
+
+
+def table(suite: str) -> str:
+    """One row for each method and dimension that has results."""
+    groups = suite == "long-tail"
+    names = [name for name in FIGURES if groups or name not in ("head", "median", "tail")]
+    header = ["D", "method", "n", *names, "minutes", "MiB"]
+    rows = []
+    for (method, dim), lines in sorted(collect(suite).items(), key=lambda item: item[0][1]):
+        minutes, memory = mean(line["seconds"] for line in lines) / 60, mean(line["peak_memory_mib"] for line in lines)
+        cells = [str(dim), method, str(len(lines)), *(shown(lines, FIGURES[name]) for name in names)]
+        rows.append([*cells, f"{minutes:.0f}", f"{memory:.0f}"])
+    text = [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+    return "\n".join(text)
+
+
+def main() -> None:
+    """Put each suite's table between its marks."""
+    page = PAGE.read_text()
+    for suite in cifar100.METHODS:
+        before, rest = page.split(f"<!-- {suite} -->\n")
+        page = f"{before}<!-- {suite} -->\n{table(suite)}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+    PAGE.write_text(page)
+
+
+if __name__ == "__main__":
+    main()
