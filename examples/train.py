@@ -135,7 +135,8 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--start", choices=("none", "random", "data"), default="none",
                        help="first assignment: in order, at random, or (with the projection) by hyperproto.fit_head")
     model.add_argument("--start-epoch", type=int, default=0,
-                       help="with --start data: train free class vectors behind the same projection until this epoch")
+                       help="with --start data: train free class vectors behind the same projection until this epoch; "
+                       "with as many as --epochs the closed form is the end of training")
     model.add_argument("--loss", choices=("balanced", "long-tail", "cross-entropy"),
                        help="default: cross-entropy for softmax, else balanced")
     model.add_argument("--reduction", choices=("mean", "sum"), default="mean", help="of the loss over a batch")
@@ -204,7 +205,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--imbalance must lie in (0, 1]": not 0.0 < args.imbalance <= 1.0,
         "--holdout must lie in [0, 1)": not 0.0 <= args.holdout < 1.0,
         "--start-epoch is for --start data": args.start_epoch and args.start != "data",
-        "--start-epoch must lie before the last epoch": args.start_epoch >= args.epochs,
+        "--start-epoch must not lie behind the last epoch": args.start_epoch > args.epochs,
+        "--ema averages nothing that --start-epoch leaves": args.ema and args.start_epoch == args.epochs,
         "--mixup needs an even --batch-size": args.mixup and args.batch_size % 2,
         "--pretrained is for models of timm": args.pretrained and args.model.startswith(("cifar_", "torchvision/")),
         "--cache is for images in memory, without --image-size": args.cache and args.image_size,
@@ -424,7 +426,9 @@ class Trainer:
                 self.optimizer.state[parameter] = before[parameter]
 
     def start_from_data(self) -> dict[str, float]:
-        """Fit projection and assignment to the training images; what was reached."""
+        """Fit projection and assignment to the training images; what was reached. Free class vectors end here."""
+        if self.free:
+            self.end_free_phase()
         with self.autocast():
             fit = hyperproto.fit_head(self.model, self.loaders.fit)
         if self.ema is not None:
@@ -438,8 +442,6 @@ class Trainer:
             started = time.perf_counter()
             start: dict[str, float] = {}
             if self.args.start == "data" and epoch == self.args.start_epoch:
-                if self.free:
-                    self.end_free_phase()
                 start = self.start_from_data()
             entry = {"epoch": epoch, **start, **self._train_epoch(epoch), "seconds": time.perf_counter() - started}
             self.history.append(entry)
@@ -447,6 +449,8 @@ class Trainer:
                 print("  ".join(f"{key} {value:.5g}" for key, value in entry.items()), flush=True)
                 if self.args.output is not None:
                     self.save(self.args.output)
+        if self.args.start == "data" and self.args.start_epoch == self.args.epochs:
+            self.history[-1] |= self.start_from_data()
 
     def _train_epoch(self, epoch: int) -> dict[str, Any]:
         args, loader = self.args, self.loaders.train

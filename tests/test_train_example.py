@@ -131,6 +131,28 @@ def test_a_killed_run_ends_as_the_undisturbed_one(folder, tmp_path, monkeypatch)
         run(folder, tmp_path / "killed.jsonl", *flags, "--lr", "0.03")
 
 
+def test_a_closed_form_end_is_made_again_after_a_kill(folder, tmp_path, monkeypatch):
+    flags = ["--head", "dl2pa", "--dim", "3", "--epochs", "5", "--start", "data", "--start-epoch", "5", "--resume"]
+    straight = run(folder, tmp_path / "straight.jsonl", *flags, "--output", str(tmp_path / "straight"))
+    assert straight["top1"] >= 90.0
+    assert straight["start_accuracy"] >= 90.0
+
+    def kill(trainer):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "start_from_data", kill)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, tmp_path / "killed.jsonl", *flags, "--output", str(tmp_path / "killed"))
+    killed = run(folder, tmp_path / "killed.jsonl", *flags, "--output", str(tmp_path / "killed"))
+    assert killed["class_accuracy"] == straight["class_accuracy"]
+    assert killed["start_similarity"] == straight["start_similarity"]
+    first, second = (torch.load(tmp_path / name / "model.pt") for name in ("straight", "killed"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert any(key.endswith("bank.prototypes") for key in first)
+
+
 def test_backbone_keeps_its_optimiser_state_when_free_class_vectors_end(folder):
     args = train.parse_arguments(
         [str(folder), *TINY, "--dim", "3", "--start", "data", "--start-epoch", "1", "--epochs", "2"]
@@ -302,7 +324,8 @@ def test_precision_is_what_the_device_computes_fast_unless_it_is_given():
         ["--head", "etf", "--bank", "random"],
         ["--label-smoothing", "0.1"],
         ["--start-epoch", "2"],
-        ["--start", "data", "--start-epoch", "20"],
+        ["--start", "data", "--start-epoch", "21"],
+        ["--ema", "0.9", "--start", "data", "--start-epoch", "20"],
         ["--mixup", "1", "--batch-size", "7"],
         ["--imbalance", "0"],
         ["--holdout", "1"],
