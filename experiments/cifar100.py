@@ -47,6 +47,8 @@ METHODS: dict[str, dict[str, str]] = {
         "ETF + dot regression [2]": "--head etf --loss long-tail --lr 0.1",
         "DL2PA as published [1]": "--head dl2pa --bank uniform --start random --momentum 0.95 --loss long-tail "
                                   "--lr 0.1",
+        "softmax, then fit_head": "--head dl2pa --bank simplex --assignment static --loss cross-entropy --lr 0.1 "
+                                  "--start data --start-epoch 20",
     },
 }
 # fmt: on

@@ -1,0 +1,50 @@
+"""experiments/: runs that are listed can be made, results belong to them, and the page shows what they say."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import cifar100  # noqa: E402
+import tables  # noqa: E402
+
+SUITES = pytest.mark.parametrize("suite", cifar100.METHODS)
+
+
+@SUITES
+def test_runs_differ_from_each_other_and_give_every_method_every_seed(suite):
+    runs = [(method, cifar100.arguments_of(flags)) for method, flags in cifar100.runs(suite)]
+    assert all(runs.count(run) == 1 for run in runs)
+    for method in cifar100.METHODS[suite]:
+        seeds = [arguments["seed"] for name, arguments in runs if name == method]
+        assert set(seeds) == set(cifar100.SEEDS)
+        assert len(seeds) % len(cifar100.SEEDS) == 0
+
+
+@SUITES
+def test_every_result_is_that_of_one_run(suite):
+    listed = [cifar100.arguments_of(flags) for _, flags in cifar100.runs(suite)]
+    found = [cifar100.deciding(result["arguments"]) for result in cifar100.results_of(suite)]
+    assert found
+    assert all(arguments in listed for arguments in found)
+    assert all(found.count(arguments) == 1 for arguments in found)
+
+
+def test_the_page_shows_what_the_results_say(tmp_path, monkeypatch):
+    page = tables.PAGE.read_text()
+    emptied = tmp_path / "results.md"
+    lines = page.splitlines(keepends=True)
+    emptied.write_text("".join(line for line in lines if "±" not in line and not line.startswith("| D |")))
+    monkeypatch.setattr(tables, "PAGE", emptied)
+    tables.main()
+    assert emptied.read_text() == page
+
+
+def test_mean_and_deviation_by_hand():
+    lines = [{"top1": 1.0, "tail_accuracy": None}, {"top1": 3.0, "tail_accuracy": 2.0}]
+    assert tables.shown(lines, "top1") == "2.0 ± 1.4"
+    assert tables.shown(lines[:1], "top1") == "1.0"
+    assert tables.shown(lines, "tail_accuracy") == "-"
