@@ -33,7 +33,7 @@ SEEDS = (0, 1, 2)
 DIMS = (50, 10, 25, 100)
 
 # fmt: off
-#: The same network, epochs, schedule and projection for all; each row's own flags are the best of those tried.
+#: The same network, epochs, schedule and projection for all. Learning rates are not searched yet, for any of them.
 METHODS: dict[str, dict[str, str]] = {
     "balanced": {
         "softmax": "--head softmax --lr 0.1",
