@@ -79,8 +79,8 @@ def test_import_loads_nothing_heavy():
 
 
 def test_import_adds_at_most_300_milliseconds_to_torch():
-    code = "import torch, time; start = time.process_time(); import hyperproto; print(time.process_time() - start)"
-    # CPU time, the best of three: what the library costs, not what else the machine does.
+    code = "import torch, time; start = time.perf_counter(); import hyperproto; print(time.perf_counter() - start)"
+    # The best of three: what the library costs, not what else the machine does.
     assert min(float(_in_new_process(code)) for _ in range(3)) < 0.3
 
 
