@@ -5,7 +5,7 @@
     python experiments/tables.py                                          # docs/results.md from all results
 
 DATA is a folder of CIFAR-100's class folders, DATA/train/<class>/*.png and DATA/test/<class>/*.png: 200 training images
-of each class for "balanced" and "banks", the 10,847 images of the published profile at imbalance 0.01 for "long-tail".
+of each class for "balanced", the 10,847 images of the published profile at imbalance 0.01 for "long-tail".
 Other flags go to train.py, such as --precision fp32 and --threads 1; what they change is rounding. Runs that are
 interrupted go on where they stopped.
 """

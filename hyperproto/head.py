@@ -374,9 +374,10 @@ class HypersphericalHead(nn.Module):
             return
         # Sorted, so that the choice depends on which prototypes are assigned and not to whom.
         assigned = self.assignment.cpu().sort().values
-        chosen = assigned[spanning_rows(self.bank.prototypes.cpu()[assigned])]
-        frame = self.bank.prototypes.cpu()[chosen].double()  # (A, D)
-        self.anchors.copy_(chosen)
+        rows = self.bank.prototypes.cpu()[assigned]  # (C, D)
+        chosen = spanning_rows(rows)
+        frame = rows[chosen].double()  # (A, D)
+        self.anchors.copy_(assigned[chosen])
         self.anchor_inverse.copy_(torch.linalg.pinv(frame.T, rtol=SMALLEST_SPANNING))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HypersphericalHead":
