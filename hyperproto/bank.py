@@ -18,6 +18,8 @@ from hyperproto.precision import keeping_dtype
 MOST_COMPARED_PROTOTYPES = 50_000
 #: Beyond, prototypes that are compared with all the others.
 SAMPLED_PROTOTYPES = 1024
+#: Rows that a move between devices compares at a time.
+COMPARED_AT_ONCE = 65_536
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class PrototypeBank(nn.Module):
     r"""P fixed unit prototypes in dimension D: a buffer that no optimiser ever sees.
 
     The same arguments give the same bank, bit for bit, on machines of one kind; the global random state is neither
-    read nor changed. Whatever `half()` or `double()` do to a model around it, the prototypes stay in float32.
+    read nor changed. Whatever `half()` or `double()` do to a model around it, the prototypes stay in float32. After
+    `to_empty` they are NaN until a checkpoint is loaded.
 
     Args:
         num_prototypes: P >= 2, the number of classes or more.
@@ -245,7 +248,20 @@ class PrototypeBank(nn.Module):
         return f"num_prototypes={self.num_prototypes}, dim={self.dim}, method={self.method!r}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PrototypeBank":
-        return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
+        before = self.prototypes
+        super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
+        # Freed memory may hold an older bank, so that nothing later could tell prototypes from what `to_empty` found.
+        if _values_lost(before, self.prototypes):
+            self.prototypes.fill_(math.nan)
+        return self
+
+
+def _values_lost(before: Tensor, after: Tensor) -> bool:
+    """Whether a buffer that `_apply` has replaced holds other values than before; False where it holds none at all."""
+    if after is before or after.is_meta or type(after) is not Tensor:
+        return False
+    pairs = zip(torch.split(before, COMPARED_AT_ONCE), torch.split(after, COMPARED_AT_ONCE), strict=True)
+    return before.is_meta or not all(torch.equal(old.to(new.device), new) for old, new in pairs)
 
 
 def _check_matrix(matrix: Tensor, what: str, *, smallest: tuple[int, int]) -> None:

@@ -294,17 +294,31 @@ def test_a_head_on_the_device_meta_takes_the_bank_that_comes():
         small()[2].to("meta").load_state_dict(other_dim()[2].state_dict(), assign=True)
 
 
-@pytest.mark.parametrize("left_behind", [0.0, 1.0, float("nan")])
-def test_a_model_made_by_to_empty_takes_the_bank_that_comes(left_behind):
+def another_bank(like: Tensor) -> Tensor:
+    return PrototypeBank(*like.shape, method="random", seed=7).prototypes if like.dim() == 2 else torch.ones_like(like)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+@pytest.mark.parametrize(
+    "left_behind",
+    [torch.zeros_like, torch.ones_like, another_bank],
+    ids=["zeros", "ones", "unit rows"],
+)
+def test_a_model_made_by_to_empty_takes_the_bank_that_comes(monkeypatch, left_behind, device):
     model, source = small(), other_seed()
     trained(source)
-    model.to("meta").to_empty(device="cpu")
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.detach().fill_(left_behind if tensor.is_floating_point() else 7)  # whatever the memory held
+    model.to(device)
+    # Memory that was freed may hold anything, prototypes of an earlier bank among it.
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty_like", lambda like, device: left_behind(like.new_zeros(like.shape, device=device)))
+        model.to_empty(device="cpu")
+    assert model[2].bank.prototypes.isnan().all()
     model.load_state_dict(source.state_dict())
     assert_holds(model, snapshot(source))
     assert torch.equal(model[2].anchors, source[2].anchors)
     assert torch.equal(model[2].anchor_inverse, source[2].anchor_inverse)
+    with pytest.raises(BankError, match="other prototypes"):
+        model.load_state_dict(small().state_dict())
 
 
 # Assigners
