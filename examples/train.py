@@ -579,7 +579,9 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 def figures(logits: Tensor, labels: Tensor, class_counts: Tensor, temperature: float | None) -> dict[str, Any]:
     """Accuracies and calibration errors in per cent; None where there is nothing to measure.
 
-    Head, median and tail classes have more than 100, 20 to 100 and fewer than 20 training images.
+    Head, median and tail classes have more than 100, 20 to 100 and fewer than 20 training images. Logits divided by the
+    temperature are adjusted by the log of their class's share of the training images (Menon et al., ICLR 2021), so that
+    each class counts alike.
     """
     num_classes = logits.shape[1]
     hits = (logits.topk(min(5, num_classes), dim=1).indices == labels[:, None]).double()
@@ -590,6 +592,8 @@ def figures(logits: Tensor, labels: Tensor, class_counts: Tensor, temperature: f
         "median_accuracy": (class_counts >= 20) & (class_counts <= 100),
         "tail_accuracy": class_counts < 20,
     }
+    balanced = bool((class_counts == class_counts[0]).all())
+    adjusted = logits / (temperature or 1.0) - class_counts.clamp(min=1).log()
 
     def calibration_error(temperature: float) -> float:
         probabilities = (logits / temperature).softmax(dim=1)
@@ -598,6 +602,7 @@ def figures(logits: Tensor, labels: Tensor, class_counts: Tensor, temperature: f
     return {
         "top1": 100.0 * float(hits[:, 0].mean()),
         "top5": 100.0 * float(hits.sum(dim=1).mean()),
+        "top1_adjusted": None if balanced else 100.0 * float((adjusted.argmax(dim=1) == labels).double().mean()),
         "class_mean_accuracy": finite_mean(per_class),
         **{name: finite_mean(per_class[members]) for name, members in groups.items()},
         "calibration_error": calibration_error(1.0),

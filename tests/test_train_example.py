@@ -287,6 +287,17 @@ def test_figures_by_hand():
     assert result["calibration_error_fitted"] == result["calibration_error"]
 
 
+@pytest.mark.parametrize(("temperature", "hit"), [(1.0, 1), (0.5, 0), (None, 1)])
+def test_adjusted_accuracy_by_hand(temperature, hit):
+    # 0.8 / 9 < 0.2 / 1, but 0.8^2 / 9 > 0.2^2 / 1.
+    logits = torch.tensor([[0.8, 0.2]]).log()
+    for label in (0, 1):
+        result = train.figures(logits, torch.tensor([label]), torch.tensor([9, 1]), temperature)
+        assert result["top1"] == 100.0 * (label == 0)
+        assert result["top1_adjusted"] == 100.0 * (label == hit)
+    assert train.figures(logits, torch.tensor([0]), torch.tensor([5, 5]), temperature)["top1_adjusted"] is None
+
+
 def test_temperature_undoes_a_scale():
     probabilities = torch.tensor([0.7, 0.2, 0.1])
     labels = torch.tensor([0] * 7 + [1] * 2 + [2])
