@@ -9,6 +9,7 @@ set of torchvision or timm lies (`--dataset`). docs/training.md explains the pre
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import random
 import resource
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -126,7 +128,8 @@ def build_parser() -> argparse.ArgumentParser:
                        "default for etf: the number of classes, else the width of the features")
     model.add_argument("--projection", choices=("none", "linear", "linear+bn"), default="linear+bn",
                        help="from features to embeddings or bottleneck")
-    model.add_argument("--bank", help="method of hyperproto.PrototypeBank, for dl2pa (default: auto)")
+    model.add_argument("--bank", help="method of hyperproto.PrototypeBank, for dl2pa; or class-vectors: made from free "
+                       "class vectors at --start-epoch (default: auto)")
     model.add_argument("--assignment", choices=("static", "dynamic"), help="for dl2pa (default: dynamic)")
     model.add_argument("--assign-every", type=float, default=1.0, help="epochs between assignment steps; may be < 1")
     model.add_argument("--freeze-epoch", type=int, help="no assignment steps from this epoch on")
@@ -135,8 +138,9 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--start", choices=("none", "random", "data"), default="none",
                        help="first assignment: in order, at random, or (with the projection) by hyperproto.fit_head")
     model.add_argument("--start-epoch", type=int, default=0,
-                       help="with --start data: train free class vectors behind the same projection until this epoch; "
-                       "with as many as --epochs the closed form is the end of training")
+                       help="with --start data or --bank class-vectors: train free class vectors behind the same "
+                       "projection until this epoch; for --start data with as many as --epochs the closed form is the "
+                       "end of training")
     model.add_argument("--loss", choices=("balanced", "long-tail", "cross-entropy"),
                        help="default: cross-entropy for softmax, else balanced")
     model.add_argument("--reduction", choices=("mean", "sum"), default="mean", help="of the loss over a batch")
@@ -196,6 +200,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**preset)
         args = parser.parse_args(argv)
     softmax = args.head == "softmax"
+    from_vectors = args.bank == "class-vectors"
     args.loss = args.loss or ("cross-entropy" if softmax else "balanced")
     checks = {
         "--head softmax trains with --loss cross-entropy": softmax and args.loss != "cross-entropy",
@@ -204,7 +209,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--label-smoothing is for --loss cross-entropy": args.label_smoothing and args.loss != "cross-entropy",
         "--imbalance must lie in (0, 1]": not 0.0 < args.imbalance <= 1.0,
         "--holdout must lie in [0, 1)": not 0.0 <= args.holdout < 1.0,
-        "--start-epoch is for --start data": args.start_epoch and args.start != "data",
+        "--start-epoch is for --start data and --bank class-vectors": args.start_epoch
+        and args.start != "data"
+        and not from_vectors,
+        "--bank class-vectors needs a --start-epoch before the last epoch": from_vectors
+        and not 0 < args.start_epoch < args.epochs,
+        "--bank class-vectors has no --start": from_vectors and args.start != "none",
+        "--bank class-vectors needs a --dim": from_vectors and args.dim is None,
+        "--bank class-vectors needs --projection linear+bn": from_vectors and args.projection != "linear+bn",
         "--start-epoch must not lie behind the last epoch": args.start_epoch > args.epochs,
         "--ema averages nothing that --start-epoch leaves": args.ema and args.start_epoch == args.epochs,
         "--mixup needs an even --batch-size": args.mixup and args.batch_size % 2,
@@ -274,6 +286,53 @@ class FreeClassVectors(nn.Module):
         """(B, in_features) -> (B, C), or pooled maps (B, in_features, 1, 1) -> (B, C, 1, 1)."""
         logits = self.vectors(self.projection(features.flatten(1)))
         return logits.view(*logits.shape, *features.shape[2:])
+
+
+@torch.no_grad()
+def linear_layer(free: FreeClassVectors, head: hyperproto.HypersphericalHead) -> nn.Linear:
+    """What free class vectors and their projection are together in eval mode."""
+    free.eval()
+    layer = nn.Linear(head.in_features, head.num_classes).to(free.vectors.weight.device)
+    layer.bias.copy_(free(torch.zeros_like(layer.weight[:1]))[0])
+    layer.weight.copy_((free(torch.eye(head.in_features, device=layer.weight.device)) - layer.bias).T)
+    return layer
+
+
+def check_one_linear_classifier(model: nn.Module, name: str) -> None:
+    """Stop if `--bank class-vectors` cannot take this model."""
+    converted = hyperproto.convert_model(copy.deepcopy(model), dim=2, bank="random")
+    layers = [model.get_submodule(head) for head in hyperproto.get_heads(converted)]
+    if len(layers) > 1 or not isinstance(layers[0], nn.Linear):
+        sys.exit(f"--bank class-vectors is for models with one classifier, an nn.Linear; {name} has another.")
+
+
+@torch.no_grad()
+def keep_function_in_training(
+    model: nn.Module, batch_norm: nn.Module, loader: Any, to_device: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> None:
+    """Give a batch norm the statistics of the training images, and scale and shift that make up for the change.
+
+    In eval mode nothing changes, and train mode, which normalises by each batch, comes to do about the same.
+    """
+    count, total, squares = 0, 0.0, 0.0
+
+    def gather(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        nonlocal count, total, squares
+        values = inputs[0].cpu().double()
+        count, total, squares = count + len(values), total + values.sum(dim=0), squares + values.square().sum(dim=0)
+
+    model.eval()
+    hook = batch_norm.register_forward_pre_hook(gather)
+    for images, labels in loader:
+        model(to_device(images, labels)[0])
+    hook.remove()
+    mean = (total / count).to(batch_norm.running_mean)
+    variance = (squares / count - (total / count).square()).to(batch_norm.running_var)
+    factor = batch_norm.weight / (batch_norm.running_var + batch_norm.eps).sqrt()
+    batch_norm.bias += factor * (mean - batch_norm.running_mean)
+    batch_norm.weight.copy_(factor * (variance + batch_norm.eps).sqrt())
+    batch_norm.running_mean.copy_(mean)
+    batch_norm.running_var.copy_(variance)
 
 
 def build_model(args: argparse.Namespace) -> nn.Module:
@@ -373,7 +432,12 @@ class Trainer:
         self.heads: dict[str, hyperproto.HypersphericalHead] = {}
         if args.head != "softmax" or args.dim is not None:
             dim = args.num_classes if args.head == "etf" and args.dim is None else args.dim
-            hyperproto.convert_model(model, dim=dim, bank=args.bank, projection=args.projection, seed=args.seed)
+            bank = args.bank
+            if bank == "class-vectors":
+                # The class vectors train in as many dimensions as there are classes; prototypes come later.
+                dim, bank = args.num_classes, "random"
+                check_one_linear_classifier(model, args.model)
+            hyperproto.convert_model(model, dim=dim, bank=bank, projection=args.projection, seed=args.seed)
             self.heads = hyperproto.get_heads(model)
         if args.start == "random":
             order = torch.randperm(args.num_classes, generator=torch.Generator().manual_seed(args.seed))
@@ -425,6 +489,29 @@ class Trainer:
             if parameter in before and parameter not in of_heads:
                 self.optimizer.state[parameter] = before[parameter]
 
+    def start_from_vectors(self) -> None:
+        """Fix prototypes made from the free class vectors, which end here, without changing what is predicted."""
+        [(name, head)] = self.heads.items()
+        classifier = linear_layer(self.model.get_submodule(name), head)
+        bank = hyperproto.PrototypeBank.from_class_vectors(classifier.weight, self.args.dim)
+        self.take_prototypes(classifier, bank, warm_start=True)
+        keep_function_in_training(self.model, self.heads[name].projection[1], self.loaders.fit, self.to_device)
+        self.end_free_phase()
+
+    def take_prototypes(self, classifier: nn.Linear, bank: hyperproto.PrototypeBank, *, warm_start: bool) -> None:
+        """Convert the model anew, with these prototypes, from this classifier in the place of free class vectors."""
+        [name] = self.heads
+        self.model.set_submodule(name, classifier)
+        hyperproto.convert_model(
+            self.model,
+            bank=bank,
+            classifier=name,
+            projection=self.args.projection,
+            warm_start=warm_start,
+            seed=self.args.seed,
+        )
+        self.heads = hyperproto.get_heads(self.model)
+
     def start_from_data(self) -> dict[str, float]:
         """Fit projection and assignment to the training images; what was reached. Free class vectors end here."""
         if self.free:
@@ -441,8 +528,11 @@ class Trainer:
             seed_everything(self.args.seed, epoch, rank())
             started = time.perf_counter()
             start: dict[str, float] = {}
-            if self.args.start == "data" and epoch == self.args.start_epoch:
-                start = self.start_from_data()
+            if epoch == self.args.start_epoch:
+                if self.args.start == "data":
+                    start = self.start_from_data()
+                elif self.args.bank == "class-vectors":
+                    self.start_from_vectors()
             entry = {"epoch": epoch, **start, **self._train_epoch(epoch), "seconds": time.perf_counter() - started}
             self.history.append(entry)
             if rank() == 0:
@@ -524,7 +614,11 @@ class Trainer:
         state = torch.load(folder / "last.pt", map_location=self.device)
         check_same_run(self.args, state["arguments"])
         self.history = state["history"]
-        if self.args.start == "data" and self.free and len(self.history) > self.args.start_epoch:
+        if self.args.head != "softmax" and self.free and len(self.history) > self.args.start_epoch:
+            if self.args.bank == "class-vectors":
+                [(name, head)] = self.heads.items()
+                bank = hyperproto.PrototypeBank.from_tensor(state["model"][f"{name}.bank.prototypes"].cpu())
+                self.take_prototypes(nn.Linear(head.in_features, head.num_classes), bank, warm_start=False)
             self.end_free_phase()
         for name, part in self._parts().items():
             part.load_state_dict(state[name])

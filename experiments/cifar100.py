@@ -33,10 +33,12 @@ SEEDS = (0, 1, 2)
 DIMS = (50, 10, 25, 100)
 
 # fmt: off
-#: The same network, epochs, schedule and projection for all. Learning rates are not searched yet, for any of them.
+#: The same network, epochs, schedule and projection for all. docs/results.md tells which learning rates were compared.
 METHODS: dict[str, dict[str, str]] = {
     "balanced": {
-        "softmax": "--head softmax --lr 0.1",
+        "softmax": "--head softmax --lr 0.2",
+        "prototypes from class vectors": "--head dl2pa --bank class-vectors --start-epoch 5 --assignment static "
+                                         "--loss cross-entropy --lr 0.2",
         "ETF [2]": "--head etf --loss cross-entropy --lr 0.1",
         "HPN, static [3]": "--head hpn --loss balanced --reduction sum --lr 0.05",
         "DL2PA as published [1]": "--head dl2pa --bank uniform --start random --momentum 0.95 --loss balanced "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hyperproto.constructions import CONSTRUCTIONS, choose_method
 from hyperproto.constructions.class_vectors import class_vector_points
 from hyperproto.constructions.code import choose_code
-from hyperproto.errors import ArgumentError, BankError, ShapeError
+from hyperproto.errors import BankError, ShapeError
 from hyperproto.geometry import cosine_lower_bound, largest_cosines, normalise, sampled_largest_cosines
 from hyperproto.precision import keeping_dtype
 
@@ -146,37 +146,37 @@ class PrototypeBank(nn.Module):
         return cls._holding(unit_rows, "given")
 
     @classmethod
-    def from_class_vectors(cls, vectors: Tensor, dim: int, *, strength: float = 0.5, seed: int = 0) -> "PrototypeBank":
-        r"""A bank in which classes with similar vectors may lie nearer to each other; `method` is "class vectors".
+    def from_class_vectors(cls, vectors: Tensor, dim: int) -> "PrototypeBank":
+        r"""A bank of class vectors, spread as evenly over D dimensions as these allow; `method` is "class vectors".
 
-        .. math:: \min_W \max_{i \neq j} \left( \langle w_i, w_j \rangle - t \, s_{ij} \right), \qquad
-                  s_{ij} = \cos(v_i - \bar v, \, v_j - \bar v)
+        Vectors may be the weights of a trained classifier, word or text embeddings of the class names, or attributes.
+        Row i is the prototype of class i: the first assignment of a head, label i to row i, is the right one. With
+        D >= C - 1 the bank is the regular simplex, and the vectors play no part; below, prototypes that have to share
+        directions are those whose vectors do.
 
-        Vectors may be word or text embeddings of the class names, attributes, or the weights of a trained classifier.
-        Row i is the prototype of class i: the first assignment of a head, label i to row i, is the right one.
+        A trained classifier moves to D dimensions with hardly a loss: its logits, as far as D dimensions can hold them,
+        are those of the prototypes behind the projection that `convert_model(..., warm_start=True)` finds. In very
+        few dimensions, C > D (D + 1) / 2, similar classes come close together; `report()` tells how close.
 
         Args:
-            vectors: (C, E) floating point, finite, C >= 2; only their directions from their mean count.
+            vectors: (C, E) floating point, finite, C >= 2; their mean and their common length do not count.
             dim: D >= 2, whatever E is.
-            strength: t in [0, 1]: 0 separates all pairs alike, 1 lets classes of equal vectors coincide.
-            seed: of the random start.
 
         Raises:
             ShapeError: not a floating matrix of at least two rows.
-            ArgumentError: strength outside [0, 1].
-            BankError: vectors that are not finite, or equal to the mean of all.
+            BankError: vectors that are not finite, equal to the mean of all, without a part in the D leading
+                directions, or equal in these.
 
         Example:
-            >>> bank = PrototypeBank.from_class_vectors(torch.randn(20, 300), dim=8)
+            >>> classifier = nn.Linear(64, 100)
+            >>> bank = PrototypeBank.from_class_vectors(classifier.weight, dim=50)
             >>> bank.prototypes.shape, bank.method
-            (torch.Size([20, 8]), 'class vectors')
+            (torch.Size([100, 50]), 'class vectors')
 
         References:
-            Mettes et al., NeurIPS 2019, section 3.2 (privileged information).
+            The prior: Mettes et al., NeurIPS 2019, section 3.2 (privileged information).
         """
         _check_matrix(vectors, "class vectors of shape (C, E), C >= 2", smallest=(2, 1))
-        if not 0.0 <= strength <= 1.0:
-            raise ArgumentError(f"strength must lie in [0, 1], got {strength}.")
         vectors = vectors.detach().cpu().double()
         # NaN and infinity make the largest offset NaN, which compares false.
         offsets = (vectors - vectors.mean(dim=0)).norm(dim=1)
@@ -186,8 +186,7 @@ class PrototypeBank(nn.Module):
                 f"expected finite class vectors that differ from their mean, got {len(pointless)} others, the first at "
                 f"{pointless[:5]}. Give those classes vectors of their own."
             )
-        generator = torch.Generator(device="cpu").manual_seed(seed)
-        return cls._holding(class_vector_points(vectors, dim, generator, strength=strength), "class vectors")
+        return cls._holding(class_vector_points(vectors, dim), "class vectors")
 
     @classmethod
     def _holding(cls, prototypes: Tensor, method: str) -> "PrototypeBank":

@@ -7,9 +7,11 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -153,15 +155,70 @@ def test_a_closed_form_end_is_made_again_after_a_kill(folder, tmp_path, monkeypa
     assert any(key.endswith("bank.prototypes") for key in first)
 
 
-def test_backbone_keeps_its_optimiser_state_when_free_class_vectors_end(folder):
-    args = train.parse_arguments(
-        [str(folder), *TINY, "--dim", "3", "--start", "data", "--start-epoch", "1", "--epochs", "2"]
-    )
+def test_prototypes_from_class_vectors_come_back_after_a_kill(folder, tmp_path, monkeypatch):
+    flags = ["--head", "dl2pa", "--assignment", "static", "--loss", "cross-entropy", "--bank", "class-vectors"]
+    flags += ["--dim", "3", "--start-epoch", "3", "--epochs", "8", "--scale", "4", "--resume"]
+    straight = run(folder, tmp_path / "straight.jsonl", *flags, "--output", str(tmp_path / "straight"))
+    assert straight["top1"] >= 90.0
+    train_epoch = train.Trainer._train_epoch
+    for killed_in in (3, 5):
+
+        def until_then(trainer, epoch, killed_in=killed_in):
+            if epoch == killed_in:
+                raise KeyboardInterrupt
+            return train_epoch(trainer, epoch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train.Trainer, "_train_epoch", until_then)
+            with pytest.raises(KeyboardInterrupt):
+                run(folder, tmp_path / "killed.jsonl", *flags, "--output", str(tmp_path / "killed"))
+    run(folder, tmp_path / "killed.jsonl", *flags, "--output", str(tmp_path / "killed"))
+    first, second = (torch.load(tmp_path / name / "model.pt") for name in ("straight", "killed"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def trainer_of(folder, *flags: str) -> Any:
+    args = train.parse_arguments([str(folder), *TINY, *flags])
     args.num_classes = NUM_CLASSES
     splits = data.read_splits("folder", folder, download=False, decoded=True, cache=None)
-    model = train.build_model(args)
-    device = torch.device("cpu")
-    trainer = train.Trainer(args, model, train.build_loaders(args, *splits, model, device), device)
+    train.seed_everything(0)
+    model, device = train.build_model(args), torch.device("cpu")
+    return train.Trainer(args, model, train.build_loaders(args, *splits, model, device), device)
+
+
+def test_fixing_the_class_vectors_changes_no_prediction(folder):
+    trainer = trainer_of(folder, "--bank", "class-vectors", "--dim", "3", "--start-epoch", "3", "--epochs", "4")
+    for epoch in range(3):
+        trainer._train_epoch(epoch)
+    before, labels = trainer.predict(trainer.model, trainer.loaders.fit)
+    [(name, head)] = trainer.heads.items()
+    layer = train.linear_layer(trainer.model.get_submodule(name), head)
+    trainer.start_from_vectors()
+    after, _ = trainer.predict(trainer.model, trainer.loaders.fit)
+    assert len(labels) == NUM_CLASSES * (TRAIN_IMAGES - 1)
+    assert torch.equal(before.argmax(dim=1), after.argmax(dim=1))
+    assert torch.equal(trainer.model.get_submodule(name).assignment, torch.arange(NUM_CLASSES))
+    # The layer is what stood there, and train mode does what eval mode does, but for the statistics of a batch.
+    features = torch.randn(50, head.in_features)
+    old = train.FreeClassVectors(head)
+    torch.testing.assert_close(train.linear_layer(old, head)(features), old.eval()(features), atol=1e-5, rtol=1e-4)
+    images = torch.cat([images for images, _ in trainer.loaders.fit])
+    trained = trainer.model.train()(images)
+    evaluated = trainer.model.eval()(images)
+    assert layer.weight.shape == (NUM_CLASSES, head.in_features)
+    assert (trained.argmax(dim=1) == evaluated.argmax(dim=1)).double().mean() > 0.9
+
+
+@pytest.mark.parametrize("model", ["resnetv2_18", "deit_tiny_distilled_patch16_224"])
+def test_class_vectors_of_several_or_other_classifiers_are_refused(model):
+    with pytest.raises(SystemExit, match="--bank class-vectors is for models with one classifier"):
+        train.check_one_linear_classifier(timm.create_model(model, num_classes=4), model)
+
+
+def test_backbone_keeps_its_optimiser_state_when_free_class_vectors_end(folder):
+    trainer = trainer_of(folder, "--dim", "3", "--start", "data", "--start-epoch", "1", "--epochs", "2")
+    model = trainer.model
     trainer._train_epoch(1)
     assert trainer.loaders.train.epoch == 1
     before = {name: trainer.optimizer.state[parameter] for name, parameter in model.named_parameters()}
@@ -337,6 +394,11 @@ def test_precision_is_what_the_device_computes_fast_unless_it_is_given():
         ["--start-epoch", "2"],
         ["--start", "data", "--start-epoch", "21"],
         ["--ema", "0.9", "--start", "data", "--start-epoch", "20"],
+        ["--bank", "class-vectors", "--dim", "3"],
+        ["--bank", "class-vectors", "--dim", "3", "--start-epoch", "20"],
+        ["--bank", "class-vectors", "--dim", "3", "--start-epoch", "5", "--start", "random"],
+        ["--bank", "class-vectors", "--start-epoch", "5"],
+        ["--bank", "class-vectors", "--dim", "3", "--start-epoch", "5", "--projection", "linear"],
         ["--mixup", "1", "--batch-size", "7"],
         ["--imbalance", "0"],
         ["--holdout", "1"],

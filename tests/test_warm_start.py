@@ -86,6 +86,23 @@ def test_agreement_falls_gracefully_with_the_dimension():
     assert agreements[3] > 2.5 / 12  # D = C/4: far above chance
 
 
+@pytest.mark.parametrize(("num_classes", "dim"), [(20, 8), (50, 20), (100, 50)])
+def test_a_classifier_of_low_rank_keeps_its_ranking_on_prototypes_from_its_own_vectors(num_classes, dim):
+    for seed in range(3):
+        classifier = nn.Linear(64, num_classes)
+        classifier.load_state_dict(
+            {
+                "weight": normal(num_classes, dim, seed=seed) @ normal(dim, 64, seed=seed + 1),
+                "bias": torch.zeros(num_classes),
+            }
+        )
+        head = HypersphericalHead(64, num_classes, bank=PrototypeBank.from_class_vectors(classifier.weight, dim)).eval()
+        other = HypersphericalHead(64, num_classes, dim=dim).eval()
+        assert warm_start_(head, classifier).reproduced > 0.99 > 0.85 > warm_start_(other, classifier).reproduced
+        assert torch.equal(head.assignment, torch.arange(num_classes))
+        assert agreement(head, classifier, seed) > agreement(other, classifier, seed) + 0.3 > 0.6
+
+
 @pytest.mark.parametrize("dim", [3, 6, 8, 11])
 def test_a_warm_start_beats_a_cold_one(dim):
     warm, cold = [], []

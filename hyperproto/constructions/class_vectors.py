@@ -1,55 +1,130 @@
-"""Prototypes with a prior: classes whose vectors are alike may lie nearer to each other."""
+"""Prototypes with a prior: class vectors, such as a trained classifier's weights, spread over D dimensions."""
 
 from __future__ import annotations
 
-from functools import partial
-
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
-from hyperproto.constructions._optimise import anneal, weighted_sums
-from hyperproto.constructions.random import random_points
-from hyperproto.constructions.separated import smooth_maximum
+from hyperproto.constructions._check import check_size
+from hyperproto.errors import BankError
+from hyperproto.geometry import largest_cosines
+
+Array = NDArray[np.float64]
+
+#: Singular values below this share of the largest one are rounding.
+SMALLEST_SINGULAR_VALUE = 1e-6
+#: rho of `unit_metric`: from 0.01 to 1 the banks differ little; far less diverges where unit length cannot be had.
+SLACK = 0.1
+#: Prototypes beyond this cosine (0.26 degrees) coincide: no embedding could tell them apart in half precision.
+LARGEST_COSINE = 1.0 - 1e-5
 
 
-def class_vector_points(vectors: Tensor, dim: int, generator: torch.Generator, *, strength: float) -> Tensor:
-    r"""Prototypes as separated as can be, with an allowance for similar classes.
+def class_vector_points(vectors: Tensor, dim: int) -> Tensor:
+    r"""Unit prototypes that a linear map takes to the class vectors, spread as evenly as that allows.
 
-    .. math:: \min_W \max_{i \neq j} \left( \langle w_i, w_j \rangle - t \, s_{ij} \right), \qquad
-              s_{ij} = \cos(v_i - \bar v, \, v_j - \bar v)
+    .. math:: V - \bar v = U S R^\top, \qquad w_c = M^{1/2} u_c \text{ with } \lVert w_c \rVert = 1
 
-    With t = 0 these are the points of "separated". The larger t, the more their cosines rank as those of the vectors
-    do; at t = 1 nothing keeps classes of equal vectors apart. [3] adds a ranking loss over triplets to its separation
-    loss and weighs the two; one maximum over pairs has both in it, and needs no triplets.
+    U are the D leading left singular vectors: the tight frame, which weighs each direction alike, with the column space
+    of the best classifier of rank D. Its rows have different lengths, and dividing by these would change which class
+    a linear classifier prefers. M gives them one length within the column space instead, by `unit_metric`: the
+    logits of a trained classifier are then those of the prototypes behind a linear projection, wherever D dimensions
+    leave enough freedom, C <= D (D + 1) / 2, and nearly so below. With D >= C - 1 independent directions the
+    prototypes are the regular simplex.
 
     Args:
-        vectors: (P, E) float64 on the CPU, finite, none of them the mean of all.
+        vectors: (C, E) float64 on the CPU, finite, none of them the mean of all.
         dim: D >= 2.
-        generator: of the random start.
-        strength: t in [0, 1].
 
     Returns:
-        (P, D) float32 unit rows, row i for vector i.
+        (C, D) float32 unit rows, row i for vector i. If E = D, in the coordinates of the vectors, so that embeddings
+        which point along the vectors point along these rows too; else in coordinates of their own, with zeros behind
+        the last direction there is.
 
     Raises:
-        BankError: a size that no construction takes.
+        BankError: a size that no construction takes, a class that has no part in the D leading directions, or classes
+            whose prototypes coincide.
 
     Example:
-        >>> vectors = torch.tensor([[1.0, 0.1], [1.0, -0.1], [-1.0, 0.1], [-1.0, -0.1]], dtype=torch.float64)
-        >>> points = class_vector_points(vectors, 3, torch.Generator().manual_seed(0), strength=0.5)
-        >>> cosines = points @ points.T
-        >>> bool(cosines[0, 1] > cosines[0, 2] + 0.4)
-        True
-
-    References:
-        Mettes et al., NeurIPS 2019, section 3.2 (prototypes with privileged information).
+        >>> points = class_vector_points(torch.eye(3, dtype=torch.float64), 2)
+        >>> points @ points.T + 0.0
+        tensor([[ 1.0000, -0.5000, -0.5000],
+                [-0.5000,  1.0000, -0.5000],
+                [-0.5000, -0.5000,  1.0000]])
     """
-    start = random_points(len(vectors), dim, generator)
-    centred = vectors - vectors.mean(dim=0)
-    directions = centred / centred.norm(dim=1, keepdim=True)
-    allowed = strength * weighted_sums(directions, directions.T)  # (P, P)
+    check_size(len(vectors), dim)
+    left, singular_values, right = torch.linalg.svd(vectors - vectors.mean(dim=0), full_matrices=False)
+    rank = int((singular_values > SMALLEST_SINGULAR_VALUE * singular_values[0]).sum())
+    frame = left[:, : min(dim, rank)]
+    pointless = torch.nonzero(frame.norm(dim=1) < SMALLEST_SINGULAR_VALUE).flatten().tolist()
+    if pointless:
+        raise BankError(
+            f"expected class vectors that differ within their {frame.shape[1]} leading directions, got "
+            f"{len(pointless)} classes that have no part in these, the first at {pointless[:5]}. Take more dimensions, "
+            "or give those classes other vectors."
+        )
+    eigenvalues, eigenvectors = torch.linalg.eigh(torch.from_numpy(unit_metric(frame.numpy())))
+    spread = F.normalize(frame @ (eigenvectors * eigenvalues.sqrt()) @ eigenvectors.T, dim=1)
+    coinciding = torch.nonzero(largest_cosines(spread) > LARGEST_COSINE).flatten().tolist()
+    if coinciding:
+        raise BankError(
+            f"expected class vectors that differ within their leading directions, got {len(coinciding)} classes whose "
+            f"prototypes coincide with another's, the first at {coinciding[:5]}. Take more dimensions, or give those "
+            "classes other vectors."
+        )
+    if vectors.shape[1] == dim:
+        return (spread @ right[: frame.shape[1]]).float()
+    return F.pad(spread, (0, dim - frame.shape[1])).float()
 
-    def score(points: Tensor) -> float:
-        return float((weighted_sums(points, points.T) - allowed).fill_diagonal_(-torch.inf).max())
 
-    return anneal(partial(smooth_maximum, allowed=allowed), start, score=score).float()
+def unit_metric(frame: Array) -> Array:
+    r"""The roundest metric in which all rows have about unit length.
+
+    .. math:: \max_M \; \log \det M - \tfrac{1}{2 \rho} \sum_c (u_c^\top M u_c - 1)^2
+
+    Concave in M. Its dual has one variable a row: with :math:`M^{-1} = \sum_c \lambda_c u_c u_c^\top`,
+
+    .. math:: \min_\lambda \; \log \det M + \sum_c \lambda_c + \tfrac{\rho}{2} \lVert \lambda \rVert^2,
+
+    whose gradient :math:`1 + \rho \lambda_c - u_c^\top M u_c` shows that lengths miss 1 by little where rho is small.
+    Products with its Hessian cost O(C D^2), and no C x C matrix is needed.
+
+    Args:
+        frame: (C, D) orthonormal columns.
+
+    Returns:
+        M, (D, D) symmetric, positive definite.
+
+    Example:
+        >>> frame = np.linalg.qr(np.random.default_rng(0).normal(size=(100, 50)))[0]
+        >>> squared_lengths = ((frame @ unit_metric(frame)) * frame).sum(axis=1)
+        >>> bool(np.ptp((frame * frame).sum(axis=1)) > 0.3 and np.ptp(squared_lengths) < 0.1)
+        True
+    """
+    from scipy.optimize import minimize  # imported where it is needed: it takes longer than the rest of the package
+
+    num_rows, dim = frame.shape
+
+    def metric(multipliers: Array) -> Array:
+        return np.asarray(np.linalg.inv(frame.T @ (multipliers[:, None] * frame)), dtype=np.float64)
+
+    def value(multipliers: Array) -> float:
+        sign, log_det = np.linalg.slogdet(frame.T @ (multipliers[:, None] * frame))
+        # Inside its domain the matrix is positive definite; a step that leaves it is refused.
+        if sign <= 0 or np.linalg.eigvalsh(frame.T @ (multipliers[:, None] * frame))[0] <= 0:
+            return np.inf
+        return float(-log_det + multipliers.sum() + 0.5 * SLACK * multipliers @ multipliers)
+
+    def gradient(multipliers: Array) -> Array:
+        squared_lengths = ((frame @ metric(multipliers)) * frame).sum(axis=1)
+        return np.asarray(1.0 + SLACK * multipliers - squared_lengths)
+
+    def hessian_product(multipliers: Array, direction: Array) -> Array:
+        rows = frame @ metric(multipliers)
+        return np.asarray(((rows @ (frame.T @ (direction[:, None] * frame))) * rows).sum(axis=1) + SLACK * direction)
+
+    start = np.full(num_rows, dim / num_rows)
+    found = minimize(value, start, jac=gradient, hessp=hessian_product, method="trust-ncg", options={"gtol": 1e-8})
+    return metric(found.x)

@@ -38,15 +38,14 @@ def separated_points(num_prototypes: int, dim: int, generator: torch.Generator) 
     return anneal(smooth_maximum, start, score=lambda points: float(largest_cosines(points).max())).float()
 
 
-def smooth_maximum(points: Tensor, beta: float, allowed: Tensor | None = None) -> tuple[float, Tensor]:
-    r"""Log-sum-exp over all pairs, and its gradient; above the maximum by at most 2 log(P) / beta.
+def smooth_maximum(points: Tensor, beta: float) -> tuple[float, Tensor]:
+    r"""Log-sum-exp over all pairs, and its gradient; above the largest cosine by at most 2 log(P) / beta.
 
-    .. math:: \tfrac{1}{\beta} \log \sum_{i \neq j} \exp(\beta (\langle w_i, w_j \rangle - a_{ij}))
+    .. math:: \tfrac{1}{\beta} \log \sum_{i \neq j} \exp(\beta \langle w_i, w_j \rangle)
 
     Args:
         points: (P, D) float64 unit rows.
         beta: > 0; the larger, the closer to the maximum and the harder to minimise.
-        allowed: a, (P, P) float64, symmetric, by how much a pair may exceed the others; None for zero.
 
     Returns:
         The value, and the gradient (P, D).
@@ -56,8 +55,6 @@ def smooth_maximum(points: Tensor, beta: float, allowed: Tensor | None = None) -
         0.693147
     """
     exponents = (beta * points) @ points.T  # (P, P)
-    if allowed is not None:
-        exponents.sub_(allowed, alpha=beta)
     exponents.fill_diagonal_(-torch.inf)
     largest = exponents.amax()
     weights = exponents.sub_(largest).exp_()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +44,11 @@ def warm_start_(
               \qquad \text{logits}_\text{old} = V x + b
 
     The bar takes the mean over classes out, which no ranking can see. With sigma fixed this is least squares; sigma
-    comes from `matching.procrustes.align`. Normalising the embedding divides a sample's logits by one number and
-    leaves their ranking. It is therefore the old one exactly, for every input, where the C assigned prototypes span
-    C - 1 dimensions: a simplex, or any bank with D >= C - 1. Below that the nearest C x D matrix is what there is.
+    comes from `matching.procrustes.align`, unless the head's own assignment fits better, as it does where the bank was
+    made from the same class vectors (`PrototypeBank.from_class_vectors`). Normalising the embedding divides a sample's
+    logits by one number and leaves their ranking. It is therefore the old one exactly, for every input, where the C
+    assigned prototypes span C - 1 dimensions: a simplex, or any bank with D >= C - 1. Below that the nearest C x D
+    matrix is what there is.
 
     Batch norm starts with -a as its running mean, not with a as its bias: a trained classifier's logits average to
     about zero over balanced data, so that this is near the mean that train mode is going to find, and both modes
@@ -80,28 +83,43 @@ def warm_start_(
     weight, bias = _centred(head, classifier)
     linear, batch_norm = layers_of(head.projection)
     prototypes = head.bank.prototypes.cpu().double()
-    if assignment is None:
-        assignment = _choose_assignment(weight, prototypes, rotate=linear is not None)
-    check_assignment(assignment, head.num_classes, head.bank.num_prototypes)
-    chosen = prototypes[assignment.cpu()]
-    frame = chosen - chosen.mean(dim=0)  # (C, D)
+    if assignment is not None:
+        check_assignment(assignment, head.num_classes, head.bank.num_prototypes)
     if linear is None:
+        if assignment is None:
+            assignment = solve_assignment(weight, prototypes, weights=weight.norm(dim=1)).assignment
         head.assign_(assignment.to(head.assignment.device))
-        return WarmStart(_squared_cosine(frame, weight))
+        return WarmStart(_squared_cosine(_frame(prototypes, assignment), weight))
+    # The head's own order is the right one where the bank was made from these class vectors.
+    candidates = [assignment] if assignment is not None else [align(weight, prototypes).assignment, head.assignment]
+    fits = [(candidate, _fit(_frame(prototypes, candidate), weight, bias)) for candidate in candidates]
+    assignment, fit = max(fits, key=lambda candidate_and_fit: candidate_and_fit[1].reproduced)
+    head.assign_(assignment.to(head.assignment.device))
+    linear.weight.copy_(fit.projection)
+    if batch_norm is not None:
+        _set_batch_norm_(batch_norm, fit.projection, fit.bias)
+    return WarmStart(fit.reproduced)
+
+
+class _Fit(NamedTuple):
+    """Projection (D, in_features) and bias (D,) behind which prototypes come nearest to the classifier; how near."""
+
+    projection: Tensor
+    bias: Tensor
+    reproduced: float
+
+
+def _fit(frame: Tensor, weight: Tensor, bias: Tensor) -> _Fit:
     # Directions outside the span of centred prototypes have singular values at float32 rounding.
     inverse = torch.linalg.pinv(frame, rtol=1e-5)  # (D, C)
     projection = inverse @ weight
-    head.assign_(assignment.to(head.assignment.device))
-    linear.weight.copy_(projection)
-    if batch_norm is not None:
-        _set_batch_norm_(batch_norm, projection, inverse @ bias)
-    return WarmStart(_squared_cosine(frame @ projection, weight))
+    return _Fit(projection, inverse @ bias, _squared_cosine(frame @ projection, weight))
 
 
-def _choose_assignment(weight: Tensor, prototypes: Tensor, *, rotate: bool) -> Tensor:
-    if rotate:
-        return align(weight, prototypes).assignment
-    return solve_assignment(weight, prototypes, weights=weight.norm(dim=1)).assignment
+def _frame(prototypes: Tensor, assignment: Tensor) -> Tensor:
+    """The assigned prototypes (C, D), less their mean."""
+    chosen = prototypes[assignment.cpu()]
+    return chosen - chosen.mean(dim=0)
 
 
 def _set_batch_norm_(batch_norm: _BatchNorm, projection: Tensor, bias: Tensor) -> None:
