@@ -139,8 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
                        help="first assignment: in order, at random, or (with the projection) by hyperproto.fit_head")
     model.add_argument("--start-epoch", type=int, default=0,
                        help="with --start data or --bank class-vectors: train free class vectors behind the same "
-                       "projection until this epoch; for --start data with as many as --epochs the closed form is the "
-                       "end of training")
+                       "projection until this epoch; with as many as --epochs the closed form is the end of training")
     model.add_argument("--loss", choices=("balanced", "long-tail", "cross-entropy"),
                        help="default: cross-entropy for softmax, else balanced")
     model.add_argument("--reduction", choices=("mean", "sum"), default="mean", help="of the loss over a batch")
@@ -212,8 +211,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--start-epoch is for --start data and --bank class-vectors": args.start_epoch
         and args.start != "data"
         and not from_vectors,
-        "--bank class-vectors needs a --start-epoch before the last epoch": from_vectors
-        and not 0 < args.start_epoch < args.epochs,
+        "--bank class-vectors needs a --start-epoch": from_vectors and not args.start_epoch,
         "--bank class-vectors has no --start": from_vectors and args.start != "none",
         "--bank class-vectors needs a --dim": from_vectors and args.dim is None,
         "--bank class-vectors needs --projection linear+bn": from_vectors and args.projection != "linear+bn",
@@ -489,6 +487,14 @@ class Trainer:
             if parameter in before and parameter not in of_heads:
                 self.optimizer.state[parameter] = before[parameter]
 
+    def end_of_free_training(self) -> dict[str, float]:
+        """What comes at `--start-epoch`, if anything; what a fit to the data reached."""
+        if self.args.start == "data":
+            return self.start_from_data()
+        if self.args.bank == "class-vectors":
+            self.start_from_vectors()
+        return {}
+
     def start_from_vectors(self) -> None:
         """Fix prototypes made from the free class vectors, which end here, without changing what is predicted."""
         [(name, head)] = self.heads.items()
@@ -527,20 +533,15 @@ class Trainer:
         for epoch in range(len(self.history), self.args.epochs):
             seed_everything(self.args.seed, epoch, rank())
             started = time.perf_counter()
-            start: dict[str, float] = {}
-            if epoch == self.args.start_epoch:
-                if self.args.start == "data":
-                    start = self.start_from_data()
-                elif self.args.bank == "class-vectors":
-                    self.start_from_vectors()
+            start = self.end_of_free_training() if epoch == self.args.start_epoch else {}
             entry = {"epoch": epoch, **start, **self._train_epoch(epoch), "seconds": time.perf_counter() - started}
             self.history.append(entry)
             if rank() == 0:
                 print("  ".join(f"{key} {value:.5g}" for key, value in entry.items()), flush=True)
                 if self.args.output is not None:
                     self.save(self.args.output)
-        if self.args.start == "data" and self.args.start_epoch == self.args.epochs:
-            self.history[-1] |= self.start_from_data()
+        if self.args.start_epoch == self.args.epochs:
+            self.history[-1] |= self.end_of_free_training()
 
     def _train_epoch(self, epoch: int) -> dict[str, Any]:
         args, loader = self.args, self.loaders.train

@@ -210,6 +210,30 @@ def test_fixing_the_class_vectors_changes_no_prediction(folder):
     assert (trained.argmax(dim=1) == evaluated.argmax(dim=1)).double().mean() > 0.9
 
 
+def test_class_vectors_fixed_at_the_end_are_as_good_as_free_ones(folder, tmp_path):
+    common = ["--epochs", "8", "--loss", "cross-entropy"]
+    free = run(folder, tmp_path / "free.jsonl", *common, "--head", "softmax", "--dim", str(NUM_CLASSES))
+    fixed = run(
+        folder,
+        tmp_path / "fixed.jsonl",
+        *common,
+        "--bank",
+        "class-vectors",
+        "--dim",
+        "3",
+        "--start-epoch",
+        "8",
+        "--assignment",
+        "static",
+        "--output",
+        str(tmp_path / "fixed"),
+    )
+    assert free["top1"] >= 70.0
+    assert fixed["class_accuracy"] == free["class_accuracy"]
+    assert fixed["loss"] == free["loss"]
+    assert torch.load(tmp_path / "fixed/model.pt")["fc.bank.prototypes"].shape == (NUM_CLASSES, 3)
+
+
 @pytest.mark.parametrize("model", ["resnetv2_18", "deit_tiny_distilled_patch16_224"])
 def test_class_vectors_of_several_or_other_classifiers_are_refused(model):
     with pytest.raises(SystemExit, match="--bank class-vectors is for models with one classifier"):
@@ -395,7 +419,7 @@ def test_precision_is_what_the_device_computes_fast_unless_it_is_given():
         ["--start", "data", "--start-epoch", "21"],
         ["--ema", "0.9", "--start", "data", "--start-epoch", "20"],
         ["--bank", "class-vectors", "--dim", "3"],
-        ["--bank", "class-vectors", "--dim", "3", "--start-epoch", "20"],
+        ["--bank", "class-vectors", "--dim", "3", "--start-epoch", "21"],
         ["--bank", "class-vectors", "--dim", "3", "--start-epoch", "5", "--start", "random"],
         ["--bank", "class-vectors", "--start-epoch", "5"],
         ["--bank", "class-vectors", "--dim", "3", "--start-epoch", "5", "--projection", "linear"],
