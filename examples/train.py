@@ -9,7 +9,6 @@ set of torchvision or timm lies (`--dataset`). docs/training.md explains the pre
 """
 
 import argparse
-import copy
 import json
 import math
 import os
@@ -138,8 +137,9 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--start", choices=("none", "random", "data"), default="none",
                        help="first assignment: in order, at random, or (with the projection) by hyperproto.fit_head")
     model.add_argument("--start-epoch", type=int, default=0,
-                       help="with --start data or --bank class-vectors: train free class vectors behind the same "
-                       "projection until this epoch; with as many as --epochs the closed form is the end of training")
+                       help="with --start data or --bank class-vectors: train free class vectors until this epoch, "
+                       "behind the same projection or (class-vectors) in as many dimensions as there are classes; with "
+                       "as many as --epochs the closed form is the end of training")
     model.add_argument("--loss", choices=("balanced", "long-tail", "cross-entropy"),
                        help="default: cross-entropy for softmax, else balanced")
     model.add_argument("--reduction", choices=("mean", "sum"), default="mean", help="of the loss over a batch")
@@ -296,11 +296,9 @@ def linear_layer(free: FreeClassVectors, head: hyperproto.HypersphericalHead) ->
     return layer
 
 
-def check_one_linear_classifier(model: nn.Module, name: str) -> None:
-    """Stop if `--bank class-vectors` cannot take this model."""
-    converted = hyperproto.convert_model(copy.deepcopy(model), dim=2, bank="random")
-    layers = [model.get_submodule(head) for head in hyperproto.get_heads(converted)]
-    if len(layers) > 1 or not isinstance(layers[0], nn.Linear):
+def check_one_linear_classifier(classifiers: list[nn.Module], name: str) -> None:
+    """Stop if `--bank class-vectors` cannot take the model of this name, which has these classifiers."""
+    if len(classifiers) > 1 or not isinstance(classifiers[0], nn.Linear):
         sys.exit(f"--bank class-vectors is for models with one classifier, an nn.Linear; {name} has another.")
 
 
@@ -430,13 +428,14 @@ class Trainer:
         self.heads: dict[str, hyperproto.HypersphericalHead] = {}
         if args.head != "softmax" or args.dim is not None:
             dim = args.num_classes if args.head == "etf" and args.dim is None else args.dim
-            bank = args.bank
+            bank, modules = args.bank, dict(model.named_modules())
             if bank == "class-vectors":
                 # The class vectors train in as many dimensions as there are classes; prototypes come later.
                 dim, bank = args.num_classes, "random"
-                check_one_linear_classifier(model, args.model)
             hyperproto.convert_model(model, dim=dim, bank=bank, projection=args.projection, seed=args.seed)
             self.heads = hyperproto.get_heads(model)
+            if args.bank == "class-vectors":
+                check_one_linear_classifier([modules[name] for name in self.heads], args.model)
         if args.start == "random":
             order = torch.randperm(args.num_classes, generator=torch.Generator().manual_seed(args.seed))
             for head in self.heads.values():

@@ -154,9 +154,9 @@ class PrototypeBank(nn.Module):
         D >= C - 1 the bank is the regular simplex, and the vectors play no part; below, prototypes that have to share
         directions are those whose vectors do.
 
-        A trained classifier moves to D dimensions with hardly a loss: its logits, as far as D dimensions can hold them,
-        are those of the prototypes behind the projection that `convert_model(..., warm_start=True)` finds. In very
-        few dimensions, C > D (D + 1) / 2, similar classes come close together; `report()` tells how close.
+        A trained classifier moves onto this bank by `convert_model(..., warm_start=True)`, and ranks classes about as
+        its D leading directions did. In very few dimensions, C > D (D + 1) / 2, similar classes come close together;
+        `report()` tells how close.
 
         Args:
             vectors: (C, E) floating point, finite, C >= 2; their mean and their common length do not count.

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 
@@ -235,9 +234,9 @@ def test_class_vectors_fixed_at_the_end_are_as_good_as_free_ones(folder, tmp_pat
 
 
 @pytest.mark.parametrize("model", ["resnetv2_18", "deit_tiny_distilled_patch16_224"])
-def test_class_vectors_of_several_or_other_classifiers_are_refused(model):
+def test_class_vectors_of_several_or_other_classifiers_are_refused(folder, model):
     with pytest.raises(SystemExit, match="--bank class-vectors is for models with one classifier"):
-        train.check_one_linear_classifier(timm.create_model(model, num_classes=4), model)
+        trainer_of(folder, "--model", model, "--bank", "class-vectors", "--dim", "3", "--start-epoch", "1")
 
 
 def test_backbone_keeps_its_optimiser_state_when_free_class_vectors_end(folder):

@@ -14,9 +14,9 @@ from hyperproto.geometry import largest_cosines
 
 Array = NDArray[np.float64]
 
-#: Singular values below this share of the largest one are rounding.
-SMALLEST_SINGULAR_VALUE = 1e-6
-#: rho of `unit_metric`: from 0.01 to 1 the banks differ little; far less diverges where unit length cannot be had.
+#: Singular values below this share of the largest one, and lengths below this, are rounding.
+ROUNDING = 1e-6
+#: rho of `unit_metric`: from 0.01 to 0.3 the banks differ little; far less diverges where unit length cannot be had.
 SLACK = 0.1
 #: Prototypes beyond this cosine (0.26 degrees) coincide: no embedding could tell them apart in half precision.
 LARGEST_COSINE = 1.0 - 1e-5
@@ -56,9 +56,9 @@ def class_vector_points(vectors: Tensor, dim: int) -> Tensor:
     """
     check_size(len(vectors), dim)
     left, singular_values, right = torch.linalg.svd(vectors - vectors.mean(dim=0), full_matrices=False)
-    rank = int((singular_values > SMALLEST_SINGULAR_VALUE * singular_values[0]).sum())
+    rank = int((singular_values > ROUNDING * singular_values[0]).sum())
     frame = left[:, : min(dim, rank)]
-    pointless = torch.nonzero(frame.norm(dim=1) < SMALLEST_SINGULAR_VALUE).flatten().tolist()
+    pointless = torch.nonzero(frame.norm(dim=1) < ROUNDING).flatten().tolist()
     if pointless:
         raise BankError(
             f"expected class vectors that differ within their {frame.shape[1]} leading directions, got "
@@ -107,24 +107,25 @@ def unit_metric(frame: Array) -> Array:
 
     num_rows, dim = frame.shape
 
-    def metric(multipliers: Array) -> Array:
-        return np.asarray(np.linalg.inv(frame.T @ (multipliers[:, None] * frame)), dtype=np.float64)
+    def weighted(weights: Array) -> Array:
+        """Sum of w_c u_c u_c^T: at the multipliers, the inverse of M."""
+        return np.asarray(frame.T @ (weights[:, None] * frame))
 
     def value(multipliers: Array) -> float:
-        sign, log_det = np.linalg.slogdet(frame.T @ (multipliers[:, None] * frame))
+        eigenvalues = np.linalg.eigvalsh(weighted(multipliers))
         # Inside its domain the matrix is positive definite; a step that leaves it is refused.
-        if sign <= 0 or np.linalg.eigvalsh(frame.T @ (multipliers[:, None] * frame))[0] <= 0:
+        if eigenvalues[0] <= 0:
             return np.inf
-        return float(-log_det + multipliers.sum() + 0.5 * SLACK * multipliers @ multipliers)
+        return float(-np.log(eigenvalues).sum() + multipliers.sum() + 0.5 * SLACK * multipliers @ multipliers)
 
     def gradient(multipliers: Array) -> Array:
-        squared_lengths = ((frame @ metric(multipliers)) * frame).sum(axis=1)
+        squared_lengths = ((frame @ np.linalg.inv(weighted(multipliers))) * frame).sum(axis=1)
         return np.asarray(1.0 + SLACK * multipliers - squared_lengths)
 
     def hessian_product(multipliers: Array, direction: Array) -> Array:
-        rows = frame @ metric(multipliers)
-        return np.asarray(((rows @ (frame.T @ (direction[:, None] * frame))) * rows).sum(axis=1) + SLACK * direction)
+        rows = frame @ np.linalg.inv(weighted(multipliers))
+        return np.asarray(((rows @ weighted(direction)) * rows).sum(axis=1) + SLACK * direction)
 
     start = np.full(num_rows, dim / num_rows)
     found = minimize(value, start, jac=gradient, hessp=hessian_product, method="trust-ncg", options={"gtol": 1e-8})
-    return metric(found.x)
+    return np.asarray(np.linalg.inv(weighted(found.x)))
