@@ -76,7 +76,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 #: Arguments that do not decide a result: where things lie, what it runs on, what the data say.
 LOCAL_ARGUMENTS = (
     *("data", "output", "results", "cache", "resume", "quiet", "download", "device", "threads", "workers"),
-    "num_classes",
+    *("num_classes", "keep_checkpoints"),
 )
 
 
@@ -174,6 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
     files = parser.add_argument_group("files")
     files.add_argument("--output", type=Path, help="folder for checkpoint, log, final weights and result")
     files.add_argument("--resume", action="store_true", help="go on where the run in --output stopped, if there is one")
+    files.add_argument("--keep-checkpoints", action="store_true", help="keep that of each epoch N in --output as epochN.pt")
     files.add_argument("--results", type=Path, help="append the result as one line of JSON to this file")
     files.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
@@ -604,7 +605,10 @@ class Trainer:
     def save(self, folder: Path) -> None:
         """Write the checkpoint and the log."""
         state = {name: part.state_dict() for name, part in self._parts().items()}
-        save_atomically(state | {"arguments": described(self.args), "history": self.history}, folder / "last.pt")
+        checkpoint = state | {"arguments": described(self.args), "history": self.history}
+        save_atomically(checkpoint, folder / "last.pt")
+        if self.args.keep_checkpoints:
+            save_atomically(checkpoint, folder / f"epoch{len(self.history)}.pt")
         (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in self.history))
 
     def resume(self, folder: Path) -> None:

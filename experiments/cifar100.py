@@ -39,7 +39,7 @@ METHODS: dict[str, dict[str, str]] = {
         "softmax": "--head softmax --lr 0.2",
         "prototypes from class vectors": "--head dl2pa --bank class-vectors --start-epoch 5 --assignment static "
                                          "--loss cross-entropy --lr 0.2",
-        "ETF [2]": "--head etf --loss cross-entropy --lr 0.1",
+        "ETF [2]": "--head etf --loss cross-entropy --lr 0.2",
         "HPN, static [3]": "--head hpn --loss balanced --reduction sum --lr 0.05",
         "DL2PA as published [1]": "--head dl2pa --bank uniform --start random --momentum 0.95 --loss balanced "
                                   "--reduction sum --lr 0.05",
