@@ -76,8 +76,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 #: Arguments that do not decide a result: where things lie, what it runs on, what the data say.
 LOCAL_ARGUMENTS = (
     *("data", "output", "results", "cache", "resume", "quiet", "download", "device", "threads", "workers"),
-    *("num_classes", "keep_checkpoints"),
+    *("num_classes", "keep_checkpoints", "free_from"),
 )
+
+#: What softmax training makes no use of, and what it has in the place of fixed prototypes.
+UNUSED_BY_SOFTMAX = ("scale", "momentum", "assign_every", "freeze_epoch")
+SOFTMAX = {
+    "head": "softmax",
+    "loss": "cross-entropy",
+    "bank": "random",
+    "assignment": "static",
+    "start": "none",
+    "start_epoch": 0,
+    "truncate": None,
+}
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
@@ -140,6 +152,8 @@ def build_parser() -> argparse.ArgumentParser:
                        help="with --start data or --bank class-vectors: train free class vectors until this epoch, "
                        "behind the same projection or (class-vectors) in as many dimensions as there are classes; with "
                        "as many as --epochs the closed form is the end of training")
+    model.add_argument("--truncate", type=int,
+                       help="for softmax: leave no more than so many dimensions of the logits after the last epoch")
     model.add_argument("--loss", choices=("balanced", "long-tail", "cross-entropy"),
                        help="default: cross-entropy for softmax, else balanced")
     model.add_argument("--reduction", choices=("mean", "sum"), default="mean", help="of the loss over a batch")
@@ -174,7 +188,11 @@ def build_parser() -> argparse.ArgumentParser:
     files = parser.add_argument_group("files")
     files.add_argument("--output", type=Path, help="folder for checkpoint, log, final weights and result")
     files.add_argument("--resume", action="store_true", help="go on where the run in --output stopped, if there is one")
-    files.add_argument("--keep-checkpoints", action="store_true", help="keep that of each epoch N in --output as epochN.pt")
+    files.add_argument("--keep-checkpoints", action="store_true",
+                       help="keep that of each epoch N in --output as epochN.pt")
+    files.add_argument("--free-from", type=Path,
+                       help="epochN.pt of a softmax run that did the same as this one until --start-epoch N or, with "
+                       "--truncate, until the end: go on from there instead of doing it again")
     files.add_argument("--results", type=Path, help="append the result as one line of JSON to this file")
     files.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
@@ -216,6 +234,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--bank class-vectors has no --start": from_vectors and args.start != "none",
         "--bank class-vectors needs a --dim": from_vectors and args.dim is None,
         "--bank class-vectors needs --projection linear+bn": from_vectors and args.projection != "linear+bn",
+        "--truncate is for --head softmax with at least so large a --dim": args.truncate is not None
+        and not (softmax and 1 <= args.truncate <= (args.dim or 0)),
+        "--free-from is for --start-epoch and --truncate": args.free_from and not (args.start_epoch or args.truncate),
         "--start-epoch must not lie behind the last epoch": args.start_epoch > args.epochs,
         "--ema averages nothing that --start-epoch leaves": args.ema and args.start_epoch == args.epochs,
         "--mixup needs an even --batch-size": args.mixup and args.batch_size % 2,
@@ -528,6 +549,23 @@ class Trainer:
             self.ema.set(self.model)
         return {"start_accuracy": 100.0 * fit.accuracy, "start_similarity": fit.similarity}
 
+    @torch.no_grad()
+    def truncate(self, dim: int) -> None:
+        """Keep the leading principal components of the training images' logits: the class vectors get rank `dim`.
+
+        With the bias, which keeps the mean, this is what a bottleneck of that width could hold of the classifier.
+        """
+        model = self.evaluated_model()
+        logits = self.predict(model, self.loaders.fit)[0].double()
+        mean = logits.mean(dim=0)
+        directions = torch.linalg.eigh(torch.cov(logits.T)).eigenvectors[:, -dim:]  # (C, dim)
+        projector = directions @ directions.T
+        for name in self.heads:
+            vectors = model.get_submodule(name).vectors
+            bias = mean + projector @ (vectors.bias.cpu().double() - mean)
+            vectors.weight.copy_(projector @ vectors.weight.cpu().double())
+            vectors.bias.copy_(bias)
+
     def train(self) -> None:
         """Train from where the history ends to the last epoch."""
         for epoch in range(len(self.history), self.args.epochs):
@@ -542,6 +580,8 @@ class Trainer:
                     self.save(self.args.output)
         if self.args.start_epoch == self.args.epochs:
             self.history[-1] |= self.end_of_free_training()
+        if self.args.truncate is not None:
+            self.truncate(self.args.truncate)
 
     def _train_epoch(self, epoch: int) -> dict[str, Any]:
         args, loader = self.args, self.loaders.train
@@ -616,7 +656,7 @@ class Trainer:
         if not (folder / "last.pt").is_file():
             return
         state = torch.load(folder / "last.pt", map_location=self.device)
-        check_same_run(self.args, state["arguments"])
+        check_same_run(described(self.args), state["arguments"], folder)
         self.history = state["history"]
         if self.args.head != "softmax" and self.free and len(self.history) > self.args.start_epoch:
             if self.args.bank == "class-vectors":
@@ -624,6 +664,23 @@ class Trainer:
                 bank = hyperproto.PrototypeBank.from_tensor(state["model"][f"{name}.bank.prototypes"].cpu())
                 self.take_prototypes(nn.Linear(head.in_features, head.num_classes), bank, warm_start=False)
             self.end_free_phase()
+        self._load(state)
+
+    def begin_from(self, path: Path) -> None:
+        """Take the epochs with free class vectors from a softmax run."""
+        state, args = torch.load(path, map_location=self.device), self.args
+        width = args.num_classes if args.bank == "class-vectors" else args.dim
+        expected = described(args) | SOFTMAX | {"dim": width}
+        for key in UNUSED_BY_SOFTMAX:
+            expected[key] = state["arguments"][key]
+        check_same_run(expected, state["arguments"], path)
+        epochs = args.start_epoch or args.epochs
+        if len(state["history"]) != epochs:
+            sys.exit(f"expected {epochs} epochs in {path}, got {len(state['history'])}. --keep-checkpoints keeps each.")
+        self.history = state["history"]
+        self._load(state)
+
+    def _load(self, state: dict[str, Any]) -> None:
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
 
@@ -757,11 +814,11 @@ def summarise(trainer: Trainer, class_counts: Tensor) -> dict[str, Any]:
     }
 
 
-def check_same_run(args: argparse.Namespace, arguments: dict[str, Any]) -> None:
-    """Stop if the run to go on with had other arguments than this one."""
-    different = [key for key, value in described(args).items() if arguments.get(key) != value]
+def check_same_run(expected: dict[str, Any], arguments: dict[str, Any], place: Path) -> None:
+    """Stop if the run to go on with had other arguments than those that this one expects of it."""
+    different = [key for key, value in expected.items() if arguments.get(key) != value]
     if different:
-        sys.exit(f"the run in {args.output} has other arguments: {', '.join(different)}. Choose another --output.")
+        sys.exit(f"the run in {place} has other arguments: {', '.join(different)}. Choose another one.")
 
 
 def write_result(trainer: Trainer, result: dict[str, Any]) -> None:
@@ -783,7 +840,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     finished = None if args.output is None else args.output / "result.json"
     if args.resume and finished.is_file():
-        check_same_run(args, json.loads(finished.read_text())["arguments"])
+        check_same_run(described(args), json.loads(finished.read_text())["arguments"], args.output)
         print(f"the run in {args.output} has finished")
         return
     if args.threads:
@@ -806,6 +863,8 @@ def main(argv: list[str] | None = None) -> None:
         trainer.resume(args.output)
     elif finished is not None and rank() == 0:
         finished.unlink(missing_ok=True)
+    if args.free_from and not trainer.history:
+        trainer.begin_from(args.free_from)
     trainer.train()
     if rank() == 0:
         write_result(trainer, summarise(trainer, class_counts))

@@ -7,7 +7,7 @@
 DATA is a folder of CIFAR-100's class folders, DATA/train/<class>/*.png and DATA/test/<class>/*.png: 200 training images
 of each class for "balanced", the 10,847 images of the published profile at imbalance 0.01 for "long-tail".
 Other flags go to train.py, such as --precision fp32 and --threads 1; what they change is rounding. Runs that are
-interrupted go on where they stopped.
+interrupted go on where they stopped, and those that begin as a softmax run did take its epochs from that one's folder.
 """
 
 import argparse
@@ -30,15 +30,19 @@ import train  # noqa: E402
 ROUNDING_ARGUMENTS = ("precision", "channels_last", "compile")
 
 SEEDS = (0, 1, 2)
-DIMS = (50, 10, 25, 100)
+NUM_CLASSES = 100
+DIMS = {"balanced": (100, 50, 25, 10), "long-tail": (100,)}
+#: For each D the epochs of ten before the prototypes are fixed: all, or with few dimensions leave some to adapt in.
+START_EPOCHS = {100: 10, 50: 10, 25: 7, 10: 7}
 
 # fmt: off
 #: The same network, epochs, schedule and projection for all. docs/results.md tells which learning rates were compared.
 METHODS: dict[str, dict[str, str]] = {
     "balanced": {
         "softmax": "--head softmax --lr 0.2",
-        "prototypes from class vectors": "--head dl2pa --bank class-vectors --start-epoch 5 --assignment static "
-                                         "--loss cross-entropy --lr 0.2",
+        "softmax at D = 100, truncated": "--head softmax --lr 0.2 --truncate {dim}",
+        "prototypes from class vectors": "--head dl2pa --bank class-vectors --start-epoch {start_epoch} "
+                                         "--assignment static --loss cross-entropy --lr 0.2",
         "ETF [2]": "--head etf --loss cross-entropy --lr 0.2",
         "HPN, static [3]": "--head hpn --loss balanced --reduction sum --lr 0.05",
         "DL2PA as published [1]": "--head dl2pa --bank uniform --start random --momentum 0.95 --loss balanced "
@@ -63,17 +67,37 @@ BUDGET = {
 def runs(suite: str) -> Iterator[tuple[str, list[str]]]:
     """Name of the method and flags of train.py of each run, the most telling first."""
     for seed in SEEDS:
-        for dim in DIMS if suite == "balanced" else (100,):
-            for method, flags in METHODS[suite].items():
-                # A simplex needs as many dimensions as there are classes.
-                if method.startswith("ETF") and dim != 100:
+        for dim in DIMS[suite]:
+            for method, template in METHODS[suite].items():
+                # A simplex needs as many dimensions as there are classes, and no truncation would be left.
+                if (method.startswith("ETF") and dim < NUM_CLASSES) or (
+                    "--truncate" in template and dim == NUM_CLASSES
+                ):
                     continue
-                yield method, [*shlex.split(f"{BUDGET[suite]} {flags}"), "--dim", str(dim), "--seed", str(seed)]
+                flags = template.format(dim=dim, start_epoch=START_EPOCHS[dim])
+                width = NUM_CLASSES if "--truncate" in template else dim
+                yield method, shlex.split(f"{BUDGET[suite]} {flags} --dim {width} --seed {seed}")
+
+
+def output_of(suite: str, flags: list[str]) -> Path:
+    """Folder of the run with these flags."""
+    return HERE / "output" / suite / sha256(" ".join(flags).encode()).hexdigest()[:12]
+
+
+def free_epochs(suite: str, flags: list[str]) -> Path | None:
+    """The checkpoint of a softmax run that did what this run begins with, if the run begins so and there is one."""
+    args = train.parse_arguments(["DATA", *flags])
+    if not args.start_epoch and args.truncate is None:
+        return None
+    tail = ["--dim", str(NUM_CLASSES), "--seed", str(args.seed)]
+    [softmax] = [f for method, f in runs(suite) if method == "softmax" and f[-len(tail) :] == tail]
+    path = output_of(suite, softmax) / f"epoch{args.start_epoch or args.epochs}.pt"
+    return path if path.is_file() else None
 
 
 def deciding(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Of a run's arguments, those that decide its result."""
-    return {key: value for key, value in arguments.items() if key not in ROUNDING_ARGUMENTS}
+    """Of a run's arguments, those that decide its result; one that is not given decides nothing."""
+    return {key: value for key, value in arguments.items() if key not in ROUNDING_ARGUMENTS and value is not None}
 
 
 def arguments_of(flags: list[str]) -> dict[str, Any]:
@@ -103,13 +127,15 @@ def main() -> None:
 
     def start(run: tuple[str, list[str]]) -> None:
         name, flags = run
-        digest = sha256(" ".join(flags).encode()).hexdigest()[:12]
-        output = HERE / "output" / arguments.suite / digest
+        output = output_of(arguments.suite, flags)
         output.mkdir(parents=True, exist_ok=True)
         print(f"{name}: {' '.join(flags)} -> {output}", flush=True)
         command = [sys.executable, str(HERE.parent / "examples/train.py"), str(arguments.data), *flags]
         command += ["--cache", str(HERE / "output" / f"{arguments.suite}.pt"), "--output", str(output), "--resume"]
-        command += ["--results", str(HERE / "results" / f"{arguments.suite}.jsonl"), "--quiet", *more_flags]
+        command += ["--results", str(HERE / "results" / f"{arguments.suite}.jsonl"), "--quiet"]
+        command += ["--keep-checkpoints", *more_flags]
+        shared = free_epochs(arguments.suite, flags)
+        command += [] if shared is None else ["--free-from", str(shared)]
         with (output / "log.txt").open("a") as log:
             if subprocess.run(command, stdout=log, stderr=log).returncode:
                 print(f"failed: see {output / 'log.txt'}", flush=True)

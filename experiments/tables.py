@@ -17,6 +17,7 @@ PAGE = Path(__file__).parents[1] / "docs/results.md"
 #: Column of the tables, key of the result lines.
 FIGURES = {
     "accuracy": "top1",
+    "adjusted": "top1_adjusted",
     "head": "head_accuracy",
     "median": "median_accuracy",
     "tail": "tail_accuracy",
@@ -32,13 +33,15 @@ def collect(suite: str) -> dict[tuple[str, int], list[dict[str, Any]]]:
     found: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     for method, flags in cifar100.runs(suite):
         arguments = cifar100.arguments_of(flags)
-        found[method, arguments["dim"]] += [r for r in results if cifar100.deciding(r["arguments"]) == arguments]
+        found[method, arguments.get("truncate", arguments["dim"])] += [
+            r for r in results if cifar100.deciding(r["arguments"]) == arguments
+        ]
     return {key: lines for key, lines in found.items() if lines}
 
 
 def shown(lines: list[dict[str, Any]], key: str) -> str:
     """Mean and standard deviation of a figure."""
-    values = [line[key] for line in lines]
+    values = [line.get(key) for line in lines]
     if any(value is None for value in values):
         return "-"
     return f"{values[0]:.1f}" if len(values) == 1 else f"{mean(values):.1f} ± {stdev(values):.1f}"
@@ -47,10 +50,10 @@ def shown(lines: list[dict[str, Any]], key: str) -> str:
 def table(suite: str) -> str:
     """One row for each method and dimension that has results."""
     groups = suite == "long-tail"
-    names = [name for name in FIGURES if groups or name not in ("head", "median", "tail")]
+    names = [name for name in FIGURES if groups or name not in ("adjusted", "head", "median", "tail")]
     header = ["D", "method", "n", *names, "minutes", "MiB"]
     rows = []
-    for (method, dim), lines in sorted(collect(suite).items(), key=lambda item: item[0][1]):
+    for (method, dim), lines in sorted(collect(suite).items(), key=lambda item: -item[0][1]):
         minutes, memory = mean(line["seconds"] for line in lines) / 60, mean(line["peak_memory_mib"] for line in lines)
         cells = [str(dim), method, str(len(lines)), *(shown(lines, FIGURES[name]) for name in names)]
         rows.append([*cells, f"{minutes:.0f}", f"{memory:.0f}"])

@@ -233,6 +233,61 @@ def test_class_vectors_fixed_at_the_end_are_as_good_as_free_ones(folder, tmp_pat
     assert torch.load(tmp_path / "fixed/model.pt")["fc.bank.prototypes"].shape == (NUM_CLASSES, 3)
 
 
+@pytest.fixture(scope="module")
+def wide(folder, tmp_path_factory) -> Path:
+    """Folder of a softmax run in as many dimensions as there are classes, with the checkpoint of each epoch."""
+    output = tmp_path_factory.mktemp("wide")
+    flags = ["--head", "softmax", "--dim", str(NUM_CLASSES), "--epochs", "4", "--keep-checkpoints"]
+    run(folder, output / "results.jsonl", *flags, "--output", str(output))
+    assert len(list(output.glob("epoch*.pt"))) == 4
+    return output
+
+
+FROM_FREE = {
+    "class vectors, then trained on": ["--bank", "class-vectors", "--dim", "3", "--start-epoch", "2"],
+    "class vectors at the end": ["--bank", "class-vectors", "--dim", "3", "--start-epoch", "4"],
+    "fitted at the end": ["--dim", str(NUM_CLASSES), "--start", "data", "--start-epoch", "4"],
+    "truncated": ["--head", "softmax", "--dim", str(NUM_CLASSES), "--truncate", "2"],
+}
+
+
+@pytest.mark.parametrize("flags", FROM_FREE.values(), ids=FROM_FREE)
+def test_a_run_from_the_epochs_of_softmax_ends_as_one_that_does_them_itself(folder, wide, tmp_path, flags):
+    flags = [*flags, "--epochs", "4", "--loss", "cross-entropy"]
+    epoch = flags[flags.index("--start-epoch") + 1] if "--start-epoch" in flags else "4"
+    alone = run(folder, tmp_path / "alone.jsonl", *flags, "--output", str(tmp_path / "alone"))
+    more = ["--output", str(tmp_path / "from"), "--free-from", str(wide / f"epoch{epoch}.pt")]
+    started = run(folder, tmp_path / "from.jsonl", *flags, *more)
+    assert started["arguments"] == alone["arguments"]
+    assert started["class_accuracy"] == alone["class_accuracy"]
+    first, second = (torch.load(tmp_path / name / "model.pt") for name in ("alone", "from"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_only_the_epochs_of_the_same_run_are_taken(folder, wide, tmp_path):
+    flags = ["--bank", "class-vectors", "--dim", "3", "--start-epoch", "2", "--epochs", "4"]
+    others = ["--lr", "0.03", "--seed", "5", "--free-from", str(wide / "epoch2.pt")]
+    with pytest.raises(SystemExit, match="has other arguments: lr, seed"):
+        run(folder, tmp_path / "results.jsonl", *flags, *others)
+    with pytest.raises(SystemExit, match=r"expected 2 epochs in .*epoch3.pt, got 3"):
+        run(folder, tmp_path / "results.jsonl", *flags, "--free-from", str(wide / "epoch3.pt"))
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_truncated_logits_are_the_principal_components_of_the_full_ones(folder, wide):
+    trainer = trainer_of(folder, "--head", "softmax", "--dim", str(NUM_CLASSES), "--truncate", "2", "--epochs", "4")
+    trainer.begin_from(wide / "epoch4.pt")
+    before, _ = trainer.predict(trainer.model, trainer.loaders.fit)
+    trainer.train()
+    after, _ = trainer.predict(trainer.model, trainer.loaders.fit)
+    mean = before.numpy().mean(axis=0)
+    _, _, directions = np.linalg.svd(before.numpy() - mean, full_matrices=False)
+    expected = (before.numpy() - mean) @ directions[:2].T @ directions[:2] + mean
+    np.testing.assert_allclose(after.numpy(), expected, atol=1e-3)
+    assert np.abs(after.numpy() - before.numpy()).max() > 0.01
+
+
 @pytest.mark.parametrize("model", ["resnetv2_18", "deit_tiny_distilled_patch16_224"])
 def test_class_vectors_of_several_or_other_classifiers_are_refused(folder, model):
     with pytest.raises(SystemExit, match="--bank class-vectors is for models with one classifier"):
@@ -422,6 +477,11 @@ def test_precision_is_what_the_device_computes_fast_unless_it_is_given():
         ["--bank", "class-vectors", "--dim", "3", "--start-epoch", "5", "--start", "random"],
         ["--bank", "class-vectors", "--start-epoch", "5"],
         ["--bank", "class-vectors", "--dim", "3", "--start-epoch", "5", "--projection", "linear"],
+        ["--truncate", "2", "--dim", "3"],
+        ["--truncate", "4", "--head", "softmax", "--dim", "3"],
+        ["--truncate", "0", "--head", "softmax", "--dim", "3"],
+        ["--truncate", "2", "--head", "softmax"],
+        ["--free-from", "epoch3.pt", "--dim", "3"],
         ["--mixup", "1", "--batch-size", "7"],
         ["--imbalance", "0"],
         ["--holdout", "1"],
