@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ SOFTMAX = {
     "start": "none",
     "start_epoch": 0,
     "truncate": None,
+    "refit": None,
 }
 
 
@@ -152,6 +154,9 @@ def build_parser() -> argparse.ArgumentParser:
                        help="with --start data or --bank class-vectors: train free class vectors until this epoch, "
                        "behind the same projection or (class-vectors) in as many dimensions as there are classes; with "
                        "as many as --epochs the closed form is the end of training")
+    model.add_argument("--refit", type=int,
+                       help="after the last epoch: iterations of L-BFGS that fit the projection (for softmax: and the "
+                       "class vectors) to the features of the training images as they are, without crops and flips")
     model.add_argument("--truncate", type=int,
                        help="for softmax: leave no more than so many dimensions of the logits after the last epoch")
     model.add_argument("--loss", choices=("balanced", "long-tail", "cross-entropy"),
@@ -192,7 +197,7 @@ def build_parser() -> argparse.ArgumentParser:
                        help="keep that of each epoch N in --output as epochN.pt")
     files.add_argument("--free-from", type=Path,
                        help="epochN.pt of a softmax run that did the same as this one until --start-epoch N or, with "
-                       "--truncate, until the end: go on from there instead of doing it again")
+                       "--truncate and --refit of softmax, until the end: go on from there, without doing it again")
     files.add_argument("--results", type=Path, help="append the result as one line of JSON to this file")
     files.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
@@ -236,7 +241,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--bank class-vectors needs --projection linear+bn": from_vectors and args.projection != "linear+bn",
         "--truncate is for --head softmax with at least so large a --dim": args.truncate is not None
         and not (softmax and 1 <= args.truncate <= (args.dim or 0)),
-        "--free-from is for --start-epoch and --truncate": args.free_from and not (args.start_epoch or args.truncate),
+        "--refit must be at least 1, with a --projection, for softmax with a --dim and no --truncate": args.refit
+        is not None
+        and (args.refit < 1 or args.projection == "none" or (softmax and (args.dim is None or args.truncate))),
+        "--free-from is for --start-epoch, or for softmax with --truncate or --refit": args.free_from
+        and not (args.start_epoch or (softmax and (args.truncate or args.refit))),
         "--start-epoch must not lie behind the last epoch": args.start_epoch > args.epochs,
         "--ema averages nothing that --start-epoch leaves": args.ema and args.start_epoch == args.epochs,
         "--mixup needs an even --batch-size": args.mixup and args.batch_size % 2,
@@ -316,6 +325,16 @@ def linear_layer(free: FreeClassVectors, head: hyperproto.HypersphericalHead) ->
     layer.bias.copy_(free(torch.zeros_like(layer.weight[:1]))[0])
     layer.weight.copy_((free(torch.eye(head.in_features, device=layer.weight.device)) - layer.bias).T)
     return layer
+
+
+def principal_components(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of logits (N, C): mean (C,), deviations (C,) along the principal directions, these as columns (C, C).
+
+    The direction with the largest standard deviation is the first.
+    """
+    logits = logits.double()
+    variances, directions = torch.linalg.eigh(torch.cov(logits.T))
+    return logits.mean(dim=0), variances.flip(0).clamp(min=0.0).sqrt(), directions.flip(1)
 
 
 def check_one_linear_classifier(classifiers: list[nn.Module], name: str) -> None:
@@ -433,6 +452,19 @@ def learning_rate(args: argparse.Namespace, epoch: float) -> float:
     return args.lr * (1.0 + math.cos(math.pi * progress)) / 2.0
 
 
+def mean_loss(
+    head: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer, batches: list[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """Mean over the samples of batches of features and labels, of a loss that sums; leaves its gradients."""
+    optimizer.zero_grad()
+    num_samples, total = sum(len(labels) for _, labels in batches), torch.zeros((), device=batches[0][1].device)
+    for features, labels in batches:
+        loss = criterion(head(features).flatten(1), labels) / num_samples
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
 class Trainer:
     """A model and all that trains it.
 
@@ -517,10 +549,15 @@ class Trainer:
         return {}
 
     def start_from_vectors(self) -> None:
-        """Fix prototypes made from the free class vectors, which end here, without changing what is predicted."""
+        """Fix prototypes made from the free class vectors, which end here, without changing what is predicted.
+
+        Their leading directions are those of the logits over the training images, so that D dimensions hold the
+        classifier as it is used; the directions of its weights may be such as no image tells apart.
+        """
         [(name, head)] = self.heads.items()
+        _, deviations, directions = principal_components(self.predict(self.model, self.loaders.fit)[0])
+        bank = hyperproto.PrototypeBank.from_class_vectors(directions * deviations, self.args.dim)
         classifier = linear_layer(self.model.get_submodule(name), head)
-        bank = hyperproto.PrototypeBank.from_class_vectors(classifier.weight, self.args.dim)
         self.take_prototypes(classifier, bank, warm_start=True)
         keep_function_in_training(self.model, self.heads[name].projection[1], self.loaders.fit, self.to_device)
         self.end_free_phase()
@@ -556,15 +593,30 @@ class Trainer:
         With the bias, which keeps the mean, this is what a bottleneck of that width could hold of the classifier.
         """
         model = self.evaluated_model()
-        logits = self.predict(model, self.loaders.fit)[0].double()
-        mean = logits.mean(dim=0)
-        directions = torch.linalg.eigh(torch.cov(logits.T)).eigenvectors[:, -dim:]  # (C, dim)
-        projector = directions @ directions.T
+        mean, _, directions = principal_components(self.predict(model, self.loaders.fit)[0])
+        projector = directions[:, :dim] @ directions[:, :dim].T
         for name in self.heads:
             vectors = model.get_submodule(name).vectors
             bias = mean + projector @ (vectors.bias.cpu().double() - mean)
             vectors.weight.copy_(projector @ vectors.weight.cpu().double())
             vectors.bias.copy_(bias)
+
+    def refit(self, iterations: int) -> None:
+        """Fit what trains in each head by the loss, with the backbone as it is (Kang et al., ICLR 2020).
+
+        L-BFGS needs no learning rate and draws nothing. The features of all training images stay in memory.
+        """
+        args, model = argparse.Namespace(**vars(self.args) | {"reduction": "sum"}), self.evaluated_model()
+        for head in [model.get_submodule(name) for name in self.heads]:
+            features: list[Tensor] = []
+            hook = head.register_forward_pre_hook(lambda _, inputs, kept=features: kept.append(inputs[0].float()))
+            _, labels = self.predict(model, self.loaders.fit)
+            hook.remove()
+            batches = list(zip(features, labels.to(self.device).split([len(f) for f in features]), strict=True))
+            criterion = nn.CrossEntropyLoss(reduction="sum") if self.free else build_criterion(args, head)
+            parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
+            optimizer = torch.optim.LBFGS(parameters, max_iter=iterations, line_search_fn="strong_wolfe")
+            optimizer.step(partial(mean_loss, head, criterion, optimizer, batches))
 
     def train(self) -> None:
         """Train from where the history ends to the last epoch."""
@@ -582,6 +634,8 @@ class Trainer:
             self.history[-1] |= self.end_of_free_training()
         if self.args.truncate is not None:
             self.truncate(self.args.truncate)
+        if self.args.refit is not None:
+            self.refit(self.args.refit)
 
     def _train_epoch(self, epoch: int) -> dict[str, Any]:
         args, loader = self.args, self.loaders.train

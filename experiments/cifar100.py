@@ -32,8 +32,8 @@ ROUNDING_ARGUMENTS = ("precision", "channels_last", "compile")
 SEEDS = (0, 1, 2)
 NUM_CLASSES = 100
 DIMS = {"balanced": (100, 50, 25, 10), "long-tail": (100,)}
-#: For each D the epochs of ten before the prototypes are fixed: all, or with few dimensions leave some to adapt in.
-START_EPOCHS = {100: 10, 50: 10, 25: 7, 10: 7}
+#: Of the cosines, for each D: in few dimensions more of them are large.
+SCALES = {100: 16, 50: 16, 25: 12, 10: 8}
 
 # fmt: off
 #: The same network, epochs, schedule and projection for all. docs/results.md tells which learning rates were compared.
@@ -41,8 +41,11 @@ METHODS: dict[str, dict[str, str]] = {
     "balanced": {
         "softmax": "--head softmax --lr 0.2",
         "softmax at D = 100, truncated": "--head softmax --lr 0.2 --truncate {dim}",
-        "prototypes from class vectors": "--head dl2pa --bank class-vectors --start-epoch {start_epoch} "
-                                         "--assignment static --loss cross-entropy --lr 0.2",
+        "softmax, refitted": "--head softmax --lr 0.2 --refit 100",
+        "prototypes from class vectors": "--head dl2pa --bank class-vectors --start-epoch 10 --assignment static "
+                                         "--loss cross-entropy --lr 0.2 --scale {scale}",
+        "the same, refitted": "--head dl2pa --bank class-vectors --start-epoch 10 --assignment static "
+                              "--loss cross-entropy --lr 0.2 --scale {scale} --refit 100",
         "ETF [2]": "--head etf --loss cross-entropy --lr 0.2",
         "HPN, static [3]": "--head hpn --loss balanced --reduction sum --lr 0.05",
         "DL2PA as published [1]": "--head dl2pa --bank uniform --start random --momentum 0.95 --loss balanced "
@@ -74,7 +77,7 @@ def runs(suite: str) -> Iterator[tuple[str, list[str]]]:
                     "--truncate" in template and dim == NUM_CLASSES
                 ):
                     continue
-                flags = template.format(dim=dim, start_epoch=START_EPOCHS[dim])
+                flags = template.format(dim=dim, scale=SCALES[dim])
                 width = NUM_CLASSES if "--truncate" in template else dim
                 yield method, shlex.split(f"{BUDGET[suite]} {flags} --dim {width} --seed {seed}")
 
@@ -87,9 +90,10 @@ def output_of(suite: str, flags: list[str]) -> Path:
 def free_epochs(suite: str, flags: list[str]) -> Path | None:
     """The checkpoint of a softmax run that did what this run begins with, if the run begins so and there is one."""
     args = train.parse_arguments(["DATA", *flags])
-    if not args.start_epoch and args.truncate is None:
+    if not args.start_epoch and args.truncate is None and args.refit is None:
         return None
-    tail = ["--dim", str(NUM_CLASSES), "--seed", str(args.seed)]
+    width = args.dim if args.head == "softmax" else NUM_CLASSES
+    tail = ["--dim", str(width), "--seed", str(args.seed)]
     [softmax] = [f for method, f in runs(suite) if method == "softmax" and f[-len(tail) :] == tail]
     path = output_of(suite, softmax) / f"epoch{args.start_epoch or args.epochs}.pt"
     return path if path.is_file() else None

@@ -156,11 +156,11 @@ def test_a_closed_form_end_is_made_again_after_a_kill(folder, tmp_path, monkeypa
 
 def test_prototypes_from_class_vectors_come_back_after_a_kill(folder, tmp_path, monkeypatch):
     flags = ["--head", "dl2pa", "--assignment", "static", "--loss", "cross-entropy", "--bank", "class-vectors"]
-    flags += ["--dim", "3", "--start-epoch", "3", "--epochs", "8", "--scale", "4", "--resume"]
+    flags += ["--dim", "3", "--start-epoch", "6", "--epochs", "10", "--scale", "8", "--seed", "3", "--resume"]
     straight = run(folder, tmp_path / "straight.jsonl", *flags, "--output", str(tmp_path / "straight"))
     assert straight["top1"] >= 90.0
     train_epoch = train.Trainer._train_epoch
-    for killed_in in (3, 5):
+    for killed_in in (6, 8):
 
         def until_then(trainer, epoch, killed_in=killed_in):
             if epoch == killed_in:
@@ -248,6 +248,8 @@ FROM_FREE = {
     "class vectors at the end": ["--bank", "class-vectors", "--dim", "3", "--start-epoch", "4"],
     "fitted at the end": ["--dim", str(NUM_CLASSES), "--start", "data", "--start-epoch", "4"],
     "truncated": ["--head", "softmax", "--dim", str(NUM_CLASSES), "--truncate", "2"],
+    "refitted": ["--head", "softmax", "--dim", str(NUM_CLASSES), "--refit", "3"],
+    "class vectors, refitted": ["--bank", "class-vectors", "--dim", "3", "--start-epoch", "4", "--refit", "3"],
 }
 
 
@@ -286,6 +288,49 @@ def test_truncated_logits_are_the_principal_components_of_the_full_ones(folder, 
     expected = (before.numpy() - mean) @ directions[:2].T @ directions[:2] + mean
     np.testing.assert_allclose(after.numpy(), expected, atol=1e-3)
     assert np.abs(after.numpy() - before.numpy()).max() > 0.01
+
+
+def test_principal_components_are_those_of_numpy():
+    logits = np.random.default_rng(0).normal(size=(60, 5)) @ np.diag([5.0, 3.0, 2.0, 1.0, 0.5]) + 2.0
+    mean, deviations, directions = train.principal_components(torch.from_numpy(logits).float())
+    _, singular_values, rows = np.linalg.svd(logits - logits.mean(axis=0), full_matrices=False)
+    np.testing.assert_allclose(mean, logits.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(deviations, singular_values / np.sqrt(59), rtol=1e-5)
+    np.testing.assert_allclose(np.abs(directions.numpy().T @ rows.T), np.eye(5), atol=1e-5)
+
+
+def mean_loss_over_training_images(trainer: Any) -> float:
+    """Of the model in eval mode, by PyTorch's own cross-entropy."""
+    logits, labels = trainer.predict(trainer.model, trainer.loaders.fit)
+    [head] = [trainer.model.get_submodule(name) for name in trainer.heads]
+    scale = 1.0 if trainer.free else trainer.args.scale / float(head.logit_scale)
+    return float(torch.nn.functional.cross_entropy(scale * logits, labels))
+
+
+REFITTED = {
+    "softmax": ["--head", "softmax", "--dim", str(NUM_CLASSES)],
+    "fixed prototypes": ["--bank", "class-vectors", "--start-epoch", "4", "--dim", "3", "--assignment", "static"],
+}
+
+
+@pytest.mark.parametrize("flags", REFITTED.values(), ids=REFITTED)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_refitting_lowers_the_loss_and_moves_nothing_but_the_head(folder, wide, flags, reduction):
+    trainer = trainer_of(folder, *flags, "--epochs", "4", "--loss", "cross-entropy")
+    trainer.args.reduction = reduction
+    state = torch.load(wide / "epoch4.pt")
+    trainer.history = state["history"]
+    trainer._load(state)
+    trainer.train()
+    loss, before = (
+        mean_loss_over_training_images(trainer),
+        {k: v.clone() for k, v in trainer.model.state_dict().items()},
+    )
+    trainer.refit(20)
+    assert mean_loss_over_training_images(trainer) < 0.8 * loss
+    moved = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
+    expected = {"fc.projection.0.weight", "fc.projection.1.weight", "fc.projection.1.bias"}
+    assert moved == expected | ({"fc.vectors.weight", "fc.vectors.bias"} if trainer.free else set())
 
 
 @pytest.mark.parametrize("model", ["resnetv2_18", "deit_tiny_distilled_patch16_224"])
@@ -482,6 +527,10 @@ def test_precision_is_what_the_device_computes_fast_unless_it_is_given():
         ["--truncate", "0", "--head", "softmax", "--dim", "3"],
         ["--truncate", "2", "--head", "softmax"],
         ["--free-from", "epoch3.pt", "--dim", "3"],
+        ["--refit", "0", "--dim", "3"],
+        ["--refit", "9", "--dim", "3", "--projection", "none"],
+        ["--refit", "9", "--head", "softmax"],
+        ["--refit", "9", "--head", "softmax", "--dim", "3", "--truncate", "2"],
         ["--mixup", "1", "--batch-size", "7"],
         ["--imbalance", "0"],
         ["--holdout", "1"],

@@ -44,7 +44,7 @@ def warm_start_(
               \qquad \text{logits}_\text{old} = V x + b
 
     The bar takes the mean over classes out, which no ranking can see. With sigma fixed this is least squares; sigma
-    comes from `matching.procrustes.align`, unless the head's own assignment fits better, as it does where the bank was
+    comes from `matching.procrustes.align`, unless the head's own assignment fits as well, as it does where the bank was
     made from the same class vectors (`PrototypeBank.from_class_vectors`). Normalising the embedding divides a sample's
     logits by one number and leaves their ranking. It is therefore the old one exactly, for every input, where the C
     assigned prototypes span C - 1 dimensions: a simplex, or any bank with D >= C - 1. Below that the nearest C x D
@@ -90,10 +90,10 @@ def warm_start_(
             assignment = solve_assignment(weight, prototypes, weights=weight.norm(dim=1)).assignment
         head.assign_(assignment.to(head.assignment.device))
         return WarmStart(_squared_cosine(_frame(prototypes, assignment), weight))
-    # The head's own order is the right one where the bank was made from these class vectors.
-    candidates = [assignment] if assignment is not None else [align(weight, prototypes).assignment, head.assignment]
+    # The head's own order is the right one where the bank was made from these class vectors, and stays in a tie.
+    candidates = [assignment] if assignment is not None else [head.assignment, align(weight, prototypes).assignment]
     fits = [(candidate, _fit(_frame(prototypes, candidate), weight, bias)) for candidate in candidates]
-    assignment, fit = max(fits, key=lambda candidate_and_fit: candidate_and_fit[1].reproduced)
+    assignment, fit = max(fits, key=lambda candidate_and_fit: round(candidate_and_fit[1].reproduced, 9))
     head.assign_(assignment.to(head.assignment.device))
     linear.weight.copy_(fit.projection)
     if batch_norm is not None:
