@@ -42,10 +42,10 @@ METHODS: dict[str, dict[str, str]] = {
         "softmax": "--head softmax --lr 0.2",
         "softmax at D = 100, truncated": "--head softmax --lr 0.2 --truncate {dim}",
         "softmax, refitted": "--head softmax --lr 0.2 --refit 100",
-        "prototypes from class vectors": "--head dl2pa --bank class-vectors --start-epoch 10 --assignment static "
-                                         "--loss cross-entropy --lr 0.2 --scale {scale}",
-        "the same, refitted": "--head dl2pa --bank class-vectors --start-epoch 10 --assignment static "
-                              "--loss cross-entropy --lr 0.2 --scale {scale} --refit 100",
+        "class-vector prototypes": "--head dl2pa --bank class-vectors --start-epoch 10 --assignment static "
+                                   "--loss cross-entropy --lr 0.2 --scale {scale}",
+        "class-vector prototypes, refitted": "--head dl2pa --bank class-vectors --start-epoch 10 --assignment static "
+                                             "--loss cross-entropy --lr 0.2 --scale {scale} --refit 100",
         "ETF [2]": "--head etf --loss cross-entropy --lr 0.2",
         "HPN, static [3]": "--head hpn --loss balanced --reduction sum --lr 0.05",
         "DL2PA as published [1]": "--head dl2pa --bank uniform --start random --momentum 0.95 --loss balanced "
