@@ -607,12 +607,16 @@ class Trainer:
         L-BFGS needs no learning rate and draws nothing. The features of all training images stay in memory.
         """
         args, model = argparse.Namespace(**vars(self.args) | {"reduction": "sum"}), self.evaluated_model()
-        for head in [model.get_submodule(name) for name in self.heads]:
-            features: list[Tensor] = []
-            hook = head.register_forward_pre_hook(lambda _, inputs, kept=features: kept.append(inputs[0].float()))
-            _, labels = self.predict(model, self.loaders.fit)
+        features: dict[nn.Module, list[Tensor]] = {model.get_submodule(name): [] for name in self.heads}
+        hooks = [
+            head.register_forward_pre_hook(lambda head, inputs: features[head].append(inputs[0].float()))
+            for head in features
+        ]
+        _, labels = self.predict(model, self.loaders.fit)
+        for hook in hooks:
             hook.remove()
-            batches = list(zip(features, labels.to(self.device).split([len(f) for f in features]), strict=True))
+        for head, kept in features.items():
+            batches = list(zip(kept, labels.to(self.device).split([len(batch) for batch in kept]), strict=True))
             criterion = nn.CrossEntropyLoss(reduction="sum") if self.free else build_criterion(args, head)
             parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
             optimizer = torch.optim.LBFGS(parameters, max_iter=iterations, line_search_fn="strong_wolfe")

@@ -322,10 +322,8 @@ def test_refitting_lowers_the_loss_and_moves_nothing_but_the_head(folder, wide, 
     trainer.history = state["history"]
     trainer._load(state)
     trainer.train()
-    loss, before = (
-        mean_loss_over_training_images(trainer),
-        {k: v.clone() for k, v in trainer.model.state_dict().items()},
-    )
+    loss = mean_loss_over_training_images(trainer)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.refit(20)
     assert mean_loss_over_training_images(trainer) < 0.8 * loss
     moved = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
