@@ -152,11 +152,12 @@ def build_parser() -> argparse.ArgumentParser:
                        help="first assignment: in order, at random, or (with the projection) by hyperproto.fit_head")
     model.add_argument("--start-epoch", type=int, default=0,
                        help="with --start data or --bank class-vectors: train free class vectors until this epoch, "
-                       "behind the same projection or (class-vectors) in as many dimensions as there are classes; with "
-                       "as many as --epochs the closed form is the end of training")
+                       "in as many dimensions as there are classes; with as many as --epochs the closed form is the "
+                       "end of training")
     model.add_argument("--refit", type=int,
                        help="after the last epoch: iterations of L-BFGS that fit the projection (for softmax: and the "
-                       "class vectors) to the features of the training images as they are, without crops and flips")
+                       "class vectors) to the features of the training images as they are, without crops and flips, "
+                       "all classes alike")
     model.add_argument("--truncate", type=int,
                        help="for softmax: leave no more than so many dimensions of the logits after the last epoch")
     model.add_argument("--loss", choices=("balanced", "long-tail", "cross-entropy"),
@@ -246,6 +247,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         and (args.refit < 1 or args.projection == "none" or (softmax and (args.dim is None or args.truncate))),
         "--free-from is for --start-epoch, or for softmax with --truncate or --refit": args.free_from
         and not (args.start_epoch or (softmax and (args.truncate or args.refit))),
+        "--start-epoch needs a --projection": args.start_epoch and args.projection == "none",
         "--start-epoch must not lie behind the last epoch": args.start_epoch > args.epochs,
         "--ema averages nothing that --start-epoch leaves": args.ema and args.start_epoch == args.epochs,
         "--mixup needs an even --batch-size": args.mixup and args.batch_size % 2,
@@ -304,12 +306,15 @@ def seed_everything(*entropy: int) -> None:
 
 
 class FreeClassVectors(nn.Module):
-    """Class vectors that train, behind the projection of a hyperspherical head: softmax at the same bottleneck."""
+    """Class vectors that train, behind a projection like that of a hyperspherical head: softmax with a bottleneck."""
 
-    def __init__(self, head: hyperproto.HypersphericalHead) -> None:
+    def __init__(self, in_features: int, num_classes: int, dim: int, projection: str, seed: int) -> None:
         super().__init__()
-        self.projection = head.projection
-        self.vectors = nn.Linear(head.dim, head.num_classes)
+        like = hyperproto.HypersphericalHead(
+            in_features, num_classes, dim=dim, bank="random", projection=projection, seed=seed
+        )
+        self.projection = like.projection
+        self.vectors = nn.Linear(dim, num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, in_features) -> (B, C), or pooled maps (B, in_features, 1, 1) -> (B, C, 1, 1)."""
@@ -452,14 +457,15 @@ def learning_rate(args: argparse.Namespace, epoch: float) -> float:
     return args.lr * (1.0 + math.cos(math.pi * progress)) / 2.0
 
 
-def mean_loss(
+def class_mean_loss(
     head: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer, batches: list[tuple[Tensor, Tensor]]
 ) -> Tensor:
-    """Mean over the samples of batches of features and labels, of a loss that sums; leaves its gradients."""
+    """Mean over the classes of the mean over a class's samples, of a loss without reduction; leaves its gradients."""
     optimizer.zero_grad()
-    num_samples, total = sum(len(labels) for _, labels in batches), torch.zeros((), device=batches[0][1].device)
+    counts = torch.cat([labels for _, labels in batches]).bincount()
+    weights, total = 1.0 / (counts * counts.count_nonzero()), torch.zeros((), device=counts.device)
     for features, labels in batches:
-        loss = criterion(head(features).flatten(1), labels) / num_samples
+        loss = (criterion(head(features).flatten(1), labels) * weights[labels]).sum()
         loss.backward()
         total += loss.detach()
     return total
@@ -482,10 +488,9 @@ class Trainer:
         self.heads: dict[str, hyperproto.HypersphericalHead] = {}
         if args.head != "softmax" or args.dim is not None:
             dim = args.num_classes if args.head == "etf" and args.dim is None else args.dim
-            bank, modules = args.bank, dict(model.named_modules())
-            if bank == "class-vectors":
-                # The class vectors train in as many dimensions as there are classes; prototypes come later.
-                dim, bank = args.num_classes, "random"
+            # Prototypes made of class vectors come when these have trained; others hold their place.
+            bank = "random" if args.bank == "class-vectors" else args.bank
+            modules = dict(model.named_modules())
             hyperproto.convert_model(model, dim=dim, bank=bank, projection=args.projection, seed=args.seed)
             self.heads = hyperproto.get_heads(model)
             if args.bank == "class-vectors":
@@ -496,8 +501,11 @@ class Trainer:
                 head.assign_(order)
         self.free = bool(self.heads) and (args.head == "softmax" or args.start_epoch > 0)
         if self.free:
-            for name, head in self.heads.items():
-                model.set_submodule(name, FreeClassVectors(head))
+            # Wide, for they train better so, whatever the dimension of the prototypes that take their place.
+            dim = args.dim if args.head == "softmax" else args.num_classes
+            for index, (name, head) in enumerate(self.heads.items()):
+                free = FreeClassVectors(head.in_features, head.num_classes, dim, args.projection, args.seed + index)
+                model.set_submodule(name, free)
         model.to(device, memory_format=memory_format(args))
         self._build()
 
@@ -604,9 +612,10 @@ class Trainer:
     def refit(self, iterations: int) -> None:
         """Fit what trains in each head by the loss, with the backbone as it is (Kang et al., ICLR 2020).
 
-        L-BFGS needs no learning rate and draws nothing. The features of all training images stay in memory.
+        Each class counts alike, however many images it has. L-BFGS needs no learning rate and draws nothing. The
+        features of all training images stay in memory.
         """
-        args, model = argparse.Namespace(**vars(self.args) | {"reduction": "sum"}), self.evaluated_model()
+        args, model = argparse.Namespace(**vars(self.args) | {"reduction": "none"}), self.evaluated_model()
         features: dict[nn.Module, list[Tensor]] = {model.get_submodule(name): [] for name in self.heads}
         hooks = [
             head.register_forward_pre_hook(lambda head, inputs: features[head].append(inputs[0].float()))
@@ -617,10 +626,10 @@ class Trainer:
             hook.remove()
         for head, kept in features.items():
             batches = list(zip(kept, labels.to(self.device).split([len(batch) for batch in kept]), strict=True))
-            criterion = nn.CrossEntropyLoss(reduction="sum") if self.free else build_criterion(args, head)
+            criterion = nn.CrossEntropyLoss(reduction="none") if self.free else build_criterion(args, head)
             parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
             optimizer = torch.optim.LBFGS(parameters, max_iter=iterations, line_search_fn="strong_wolfe")
-            optimizer.step(partial(mean_loss, head, criterion, optimizer, batches))
+            optimizer.step(partial(class_mean_loss, head, criterion, optimizer, batches))
 
     def train(self) -> None:
         """Train from where the history ends to the last epoch."""
@@ -727,8 +736,8 @@ class Trainer:
     def begin_from(self, path: Path) -> None:
         """Take the epochs with free class vectors from a softmax run."""
         state, args = torch.load(path, map_location=self.device), self.args
-        width = args.num_classes if args.bank == "class-vectors" else args.dim
-        expected = described(args) | SOFTMAX | {"dim": width}
+        dim = args.dim if args.head == "softmax" else args.num_classes
+        expected = described(args) | SOFTMAX | {"dim": dim}
         for key in UNUSED_BY_SOFTMAX:
             expected[key] = state["arguments"][key]
         check_same_run(expected, state["arguments"], path)

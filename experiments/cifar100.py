@@ -1,13 +1,16 @@
 """The runs behind docs/results.md, made by examples/train.py: those that experiments/results/ does not have yet.
 
     python experiments/cifar100.py balanced DATA --jobs 2 --threads 1     # two runs at a time, each on a core
+    python experiments/cifar100.py banks DATA --jobs 2 --threads 1        # from the softmax runs of the former
     python experiments/cifar100.py long-tail DATA --list                  # what is done and what is not
+    python experiments/cifar100.py published DATA                         # 200 epochs each: for a GPU
     python experiments/tables.py                                          # docs/results.md from all results
 
 DATA is a folder of CIFAR-100's class folders, DATA/train/<class>/*.png and DATA/test/<class>/*.png: 200 training images
-of each class for "balanced", the 10,847 images of the published profile at imbalance 0.01 for "long-tail".
-Other flags go to train.py, such as --precision fp32 and --threads 1; what they change is rounding. Runs that are
-interrupted go on where they stopped, and those that begin as a softmax run did take its epochs from that one's folder.
+of each class for "balanced" and "banks", the 10,847 images of the published profile at imbalance 0.01 for "long-tail",
+the 12,608 of 0.02 for "published". Other flags go to train.py, such as --precision fp32 and --threads 1; what they
+change is rounding. Runs that are interrupted go on where they stopped, and those that begin as a softmax run did take
+its epochs from that one's folder.
 """
 
 import argparse
@@ -29,11 +32,13 @@ import train  # noqa: E402
 #: Arguments that change a result by rounding only.
 ROUNDING_ARGUMENTS = ("precision", "channels_last", "compile")
 
-SEEDS = (0, 1, 2)
 NUM_CLASSES = 100
-DIMS = {"balanced": (100, 50, 25, 10), "long-tail": (100,)}
+SEEDS = {"balanced": (0, 1, 2), "banks": (0, 1, 2), "long-tail": (0, 1, 2), "published": (0,)}
+DIMS = {"balanced": (100, 50, 25, 10), "banks": (50,), "long-tail": (100,), "published": (128,)}
+#: Suite with the softmax runs on the same data.
+SOFTMAX_SUITE = {"balanced": "balanced", "banks": "balanced", "long-tail": "long-tail", "published": "published"}
 #: Of the cosines, for each D: in few dimensions more of them are large.
-SCALES = {100: 16, 50: 16, 25: 12, 10: 8}
+SCALES = {128: 16, 100: 16, 50: 16, 25: 12, 10: 8}
 
 # fmt: off
 #: The same network, epochs, schedule and projection for all. docs/results.md tells which learning rates were compared.
@@ -51,25 +56,43 @@ METHODS: dict[str, dict[str, str]] = {
         "DL2PA as published [1]": "--head dl2pa --bank uniform --start random --momentum 0.95 --loss balanced "
                                   "--reduction sum --lr 0.05",
     },
+    "banks": {
+        f"{bank}, fitted and refitted": f"--head dl2pa --bank {bank} --assignment static --loss cross-entropy --lr 0.2 "
+                                        "--scale {scale} --start data --start-epoch 10 --refit 100"
+        for bank in ("orthoplex", "separated", "hpn", "uniform", "random")
+    },
     "long-tail": {
         "softmax": "--head softmax --lr 0.1",
+        "softmax, refitted": "--head softmax --lr 0.1 --refit 100",
         "ETF + dot regression [2]": "--head etf --loss long-tail --lr 0.1",
         "DL2PA as published [1]": "--head dl2pa --bank uniform --start random --momentum 0.95 --loss long-tail "
                                   "--lr 0.1",
-        "softmax, then fit_head": "--head dl2pa --bank simplex --assignment static --loss cross-entropy --lr 0.1 "
-                                  "--start data --start-epoch 20",
+        "simplex by fit_head": "--head dl2pa --bank simplex --assignment static --loss cross-entropy --lr 0.1 "
+                               "--start data --start-epoch 20",
+        "simplex by fit_head, refitted": "--head dl2pa --bank simplex --assignment static --loss cross-entropy "
+                                         "--lr 0.1 --start data --start-epoch 20 --scale 8 --refit 100",
+    },
+    "published": {
+        "DL2PA [1]": "--head dl2pa",
+        "ETF + dot regression [2]": "--head etf --loss long-tail",
+        "softmax": "--head softmax",
+        "simplex by fit_head, refitted": "--head dl2pa --bank simplex --assignment static --loss cross-entropy "
+                                         "--start data --start-epoch 200 --scale 8 --refit 100",
     },
 }
 # fmt: on
 BUDGET = {
     "balanced": "--model cifar_resnet20 --epochs 10 --projection linear+bn",
+    "banks": "--model cifar_resnet20 --epochs 10 --projection linear+bn",
     "long-tail": "--model cifar_resnet20 --epochs 20 --projection linear+bn --mixup 1.0",
+    # The data are long-tailed already.
+    "published": "--preset cifar100-lt --imbalance 1.0",
 }
 
 
 def runs(suite: str) -> Iterator[tuple[str, list[str]]]:
     """Name of the method and flags of train.py of each run, the most telling first."""
-    for seed in SEEDS:
+    for seed in SEEDS[suite]:
         for dim in DIMS[suite]:
             for method, template in METHODS[suite].items():
                 # A simplex needs as many dimensions as there are classes, and no truncation would be left.
@@ -94,9 +117,12 @@ def free_epochs(suite: str, flags: list[str]) -> Path | None:
         return None
     width = args.dim if args.head == "softmax" else NUM_CLASSES
     tail = ["--dim", str(width), "--seed", str(args.seed)]
-    [softmax] = [f for method, f in runs(suite) if method == "softmax" and f[-len(tail) :] == tail]
-    path = output_of(suite, softmax) / f"epoch{args.start_epoch or args.epochs}.pt"
-    return path if path.is_file() else None
+    of_softmax = SOFTMAX_SUITE[suite]
+    for method, softmax in runs(of_softmax):
+        path = output_of(of_softmax, softmax) / f"epoch{args.start_epoch or args.epochs}.pt"
+        if method == "softmax" and softmax[-len(tail) :] == tail and path.is_file():
+            return path
+    return None
 
 
 def deciding(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +161,8 @@ def main() -> None:
         output.mkdir(parents=True, exist_ok=True)
         print(f"{name}: {' '.join(flags)} -> {output}", flush=True)
         command = [sys.executable, str(HERE.parent / "examples/train.py"), str(arguments.data), *flags]
-        command += ["--cache", str(HERE / "output" / f"{arguments.suite}.pt"), "--output", str(output), "--resume"]
+        cache = HERE / "output" / f"{SOFTMAX_SUITE[arguments.suite]}.pt"
+        command += ["--cache", str(cache), "--output", str(output), "--resume"]
         command += ["--results", str(HERE / "results" / f"{arguments.suite}.jsonl"), "--quiet"]
         command += ["--keep-checkpoints", *more_flags]
         shared = free_epochs(arguments.suite, flags)

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+import hyperproto
 
 ROOT = Path(__file__).parents[1]
 NUM_CLASSES, TRAIN_IMAGES, TEST_IMAGES = 4, 12, 5
@@ -200,7 +203,7 @@ def test_fixing_the_class_vectors_changes_no_prediction(folder):
     assert torch.equal(trainer.model.get_submodule(name).assignment, torch.arange(NUM_CLASSES))
     # The layer is what stood there, and train mode does what eval mode does, but for the statistics of a batch.
     features = torch.randn(50, head.in_features)
-    old = train.FreeClassVectors(head)
+    old = train.FreeClassVectors(head.in_features, NUM_CLASSES, 7, "linear+bn", seed=0)
     torch.testing.assert_close(train.linear_layer(old, head)(features), old.eval()(features), atol=1e-5, rtol=1e-4)
     images = torch.cat([images for images, _ in trainer.loaders.fit])
     trained = trainer.model.train()(images)
@@ -247,6 +250,7 @@ FROM_FREE = {
     "class vectors, then trained on": ["--bank", "class-vectors", "--dim", "3", "--start-epoch", "2"],
     "class vectors at the end": ["--bank", "class-vectors", "--dim", "3", "--start-epoch", "4"],
     "fitted at the end": ["--dim", str(NUM_CLASSES), "--start", "data", "--start-epoch", "4"],
+    "fitted at the end in fewer dimensions": ["--dim", "3", "--start", "data", "--start-epoch", "4", "--refit", "3"],
     "truncated": ["--head", "softmax", "--dim", str(NUM_CLASSES), "--truncate", "2"],
     "refitted": ["--head", "softmax", "--dim", str(NUM_CLASSES), "--refit", "3"],
     "class vectors, refitted": ["--bank", "class-vectors", "--dim", "3", "--start-epoch", "4", "--refit", "3"],
@@ -329,6 +333,27 @@ def test_refitting_lowers_the_loss_and_moves_nothing_but_the_head(folder, wide, 
     moved = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
     expected = {"fc.projection.0.weight", "fc.projection.1.weight", "fc.projection.1.bias"}
     assert moved == expected | ({"fc.vectors.weight", "fc.vectors.bias"} if trainer.free else set())
+
+
+@pytest.mark.parametrize("criterion", [torch.nn.CrossEntropyLoss, None], ids=["softmax", "fixed prototypes"])
+def test_the_loss_of_a_refit_counts_each_class_alike(criterion):
+    generator = torch.Generator().manual_seed(0)
+    head = hyperproto.HypersphericalHead(5, 4, dim=3, seed=0).eval()
+    if criterion is None:
+        criterion = partial(hyperproto.PrototypeCrossEntropyLoss, head)
+    features, labels = torch.randn(33, 5, generator=generator), torch.tensor([0] * 20 + [3] * 1 + [1] * 12)
+    optimizer = torch.optim.LBFGS(head.projection.parameters())
+    batches = list(zip(features.split(16), labels.split(16), strict=True))
+    loss = train.class_mean_loss(head, criterion(reduction="none"), optimizer, batches)
+    gradient = head.projection[0].weight.grad.clone()
+
+    optimizer.zero_grad()
+    of_class = [criterion(reduction="mean")(head(features[labels == c]), labels[labels == c]) for c in (0, 1, 3)]
+    expected = sum(of_class) / 3
+    expected.backward()
+    assert float(loss) == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(gradient, head.projection[0].weight.grad, rtol=1e-4, atol=1e-6)
+    assert float(loss) != pytest.approx(criterion(reduction="mean")(head(features), labels).item(), rel=1e-2)
 
 
 @pytest.mark.parametrize("model", ["resnetv2_18", "deit_tiny_distilled_patch16_224"])
@@ -515,6 +540,7 @@ def test_precision_is_what_the_device_computes_fast_unless_it_is_given():
         ["--start-epoch", "2"],
         ["--start", "data", "--start-epoch", "21"],
         ["--ema", "0.9", "--start", "data", "--start-epoch", "20"],
+        ["--start", "data", "--start-epoch", "2", "--dim", "3", "--projection", "none"],
         ["--bank", "class-vectors", "--dim", "3"],
         ["--bank", "class-vectors", "--dim", "3", "--start-epoch", "21"],
         ["--bank", "class-vectors", "--dim", "3", "--start-epoch", "5", "--start", "random"],
