@@ -1,7 +1,7 @@
 """Train an image classifier with fixed hyperspherical prototypes, or with softmax at the same bottleneck.
 
+    python examples/train.py DATA --preset recipe --dim 50 --model cifar_resnet20 --epochs 20 --results results.jsonl
     python examples/train.py DATA --preset cifar100-balanced
-    python examples/train.py DATA --head dl2pa --dim 50 --model cifar_resnet20 --epochs 20 --results results.jsonl
     torchrun --nproc-per-node 8 -- examples/train.py DATA --preset imagenet
 
 DATA is a folder of class folders (DATA/train/<class>/*, DATA/test/<class>/* or DATA/val/<class>/*), or where a data
@@ -52,8 +52,13 @@ from tqdm import tqdm
 
 import hyperproto
 
-#: Published settings; flags given on the command line override them. docs/training.md says where we differ.
+#: What docs/results.md found to work, and published settings; flags given on the command line override them.
+#: docs/training.md says where we differ from what was published.
 PRESETS: dict[str, dict[str, Any]] = {
+    "recipe": {
+        "head": "dl2pa", "bank": "class-vectors", "assignment": "static", "projection": "linear+bn",
+        "loss": "cross-entropy", "refit": 100, "optimizer": "sgd", "lr": 0.2, "schedule": "one-cycle",
+    },
     "cifar100-balanced": {
         "model": "cifar_resnet32", "width": 16, "head": "dl2pa", "dim": 50, "projection": "linear", "bank": "uniform",
         "start": "random", "momentum": 0.95, "loss": "balanced", "reduction": "sum", "epochs": 250, "batch_size": 128,
@@ -110,7 +115,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 def build_parser() -> argparse.ArgumentParser:
     """All flags, in groups."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, help="a published setting; other flags override it")
+    parser.add_argument("--preset", choices=PRESETS, help="a setting of many flags; others override its own")
 
     data = parser.add_argument_group("data")
     data.add_argument("data", type=Path, help="folder of the data set")
@@ -150,10 +155,10 @@ def build_parser() -> argparse.ArgumentParser:
                        help="of the class means; none: plain means since the last assignment step")
     model.add_argument("--start", choices=("none", "random", "data"), default="none",
                        help="first assignment: in order, at random, or (with the projection) by hyperproto.fit_head")
-    model.add_argument("--start-epoch", type=int, default=0,
+    model.add_argument("--start-epoch", type=int,
                        help="with --start data or --bank class-vectors: train free class vectors until this epoch, "
                        "in as many dimensions as there are classes; with as many as --epochs the closed form is the "
-                       "end of training")
+                       "end of training (default: 0, for class-vectors the end)")
     model.add_argument("--refit", type=int,
                        help="after the last epoch: iterations of L-BFGS that fit the projection (for softmax: and the "
                        "class vectors) to the features of the training images as they are, without crops and flips, "
@@ -161,7 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--truncate", type=int,
                        help="for softmax: leave no more than so many dimensions of the logits after the last epoch")
     model.add_argument("--loss", choices=("balanced", "long-tail", "cross-entropy"),
-                       help="default: cross-entropy for softmax, else balanced")
+                       default="cross-entropy", help="squared pull, dot regression, or over the cosines")
     model.add_argument("--reduction", choices=("mean", "sum"), default="mean", help="of the loss over a batch")
     model.add_argument("--scale", type=float, default=16.0, help="of the cosines in --loss cross-entropy")
 
@@ -217,15 +222,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.preset:
         preset = dict(PRESETS[args.preset])
         # What belongs to the preset's own head does not carry over to another one.
-        if args.head != "dl2pa":
-            del preset["bank"], preset["start"]
-        if args.head == "softmax":
-            del preset["loss"], preset["reduction"]
+        foreign = () if args.head == "dl2pa" else ("bank", "start", "assignment")
+        for key in (*foreign, "loss", "reduction") if args.head == "softmax" else foreign:
+            preset.pop(key, None)
         parser.set_defaults(**preset)
         args = parser.parse_args(argv)
     softmax = args.head == "softmax"
     from_vectors = args.bank == "class-vectors"
-    args.loss = args.loss or ("cross-entropy" if softmax else "balanced")
+    if args.start_epoch is None:
+        args.start_epoch = args.epochs if from_vectors else 0
     checks = {
         "--head softmax trains with --loss cross-entropy": softmax and args.loss != "cross-entropy",
         "--head softmax has no --start": softmax and args.start != "none",
@@ -236,7 +241,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--start-epoch is for --start data and --bank class-vectors": args.start_epoch
         and args.start != "data"
         and not from_vectors,
-        "--bank class-vectors needs a --start-epoch": from_vectors and not args.start_epoch,
+        "--bank class-vectors needs a --start-epoch of at least 1": from_vectors and args.start_epoch < 1,
         "--bank class-vectors has no --start": from_vectors and args.start != "none",
         "--bank class-vectors needs a --dim": from_vectors and args.dim is None,
         "--bank class-vectors needs --projection linear+bn": from_vectors and args.projection != "linear+bn",

@@ -72,9 +72,10 @@ HEADS = {
     "softmax": ["--head", "softmax"],
     "softmax with a bottleneck": ["--head", "softmax", "--dim", "3", "--projection", "linear"],
     "etf": ["--head", "etf", "--loss", "long-tail"],
-    "hpn": ["--head", "hpn", "--dim", "3", "--reduction", "sum", "--lr", "0.001"],
-    "dl2pa": ["--head", "dl2pa", "--dim", "3", "--start", "random", "--assign-every", "0.5"],
-    "dl2pa from data": ["--head", "dl2pa", "--dim", "3", "--loss", "cross-entropy", "--start", "data"],
+    "hpn": ["--head", "hpn", "--dim", "3", "--loss", "balanced", "--reduction", "sum", "--lr", "0.001"],
+    "dl2pa": ["--head", "dl2pa", "--dim", "3", "--loss", "balanced", "--start", "random", "--assign-every", "0.5"],
+    "dl2pa from data": ["--head", "dl2pa", "--dim", "3", "--start", "data"],
+    "recipe": ["--preset", "recipe", "--dim", "3"],
 }
 
 
@@ -525,6 +526,16 @@ def test_flags_override_the_preset_and_its_head_options_stay_with_its_head():
     assert (etf.bank, etf.assignment, etf.loss) == ("simplex", "static", "long-tail")
 
 
+def test_the_recipe_is_the_row_of_the_results_and_gives_softmax_the_same_budget():
+    flags = ["--model", "cifar_resnet20", "--epochs", "10", "--dim", "50", "--seed", "0", "--device", "cpu"]
+    recipe = vars(train.parse_arguments(["DATA", "--preset", "recipe", *flags])) | {"preset": None}
+    page = (ROOT / "experiments/results/balanced.jsonl").read_text().splitlines()
+    expected = {key: value for key, value in recipe.items() if key not in train.LOCAL_ARGUMENTS}
+    assert any(json.loads(line)["arguments"] == expected for line in page)
+    softmax = train.parse_arguments(["DATA", "--preset", "recipe", "--head", "softmax", *flags])
+    assert (softmax.lr, softmax.refit, softmax.start_epoch, softmax.bank) == (0.2, 100, 0, "random")
+
+
 def test_precision_is_what_the_device_computes_fast_unless_it_is_given():
     assert train.parse_arguments(["DATA", "--device", "cpu"]).precision == "fp32"
     assert train.parse_arguments(["DATA", "--device", "cpu", "--precision", "bf16"]).precision == "bf16"
@@ -536,12 +547,12 @@ def test_precision_is_what_the_device_computes_fast_unless_it_is_given():
         ["--head", "softmax", "--loss", "balanced"],
         ["--head", "softmax", "--start", "data"],
         ["--head", "etf", "--bank", "random"],
-        ["--label-smoothing", "0.1"],
+        ["--label-smoothing", "0.1", "--loss", "balanced"],
         ["--start-epoch", "2"],
         ["--start", "data", "--start-epoch", "21"],
         ["--ema", "0.9", "--start", "data", "--start-epoch", "20"],
         ["--start", "data", "--start-epoch", "2", "--dim", "3", "--projection", "none"],
-        ["--bank", "class-vectors", "--dim", "3"],
+        ["--bank", "class-vectors", "--dim", "3", "--start-epoch", "0"],
         ["--bank", "class-vectors", "--dim", "3", "--start-epoch", "21"],
         ["--bank", "class-vectors", "--dim", "3", "--start-epoch", "5", "--start", "random"],
         ["--bank", "class-vectors", "--start-epoch", "5"],
