@@ -1,4 +1,4 @@
-"""Writes the tables of docs/results.md from the result lines in experiments/results/.
+"""Writes the tables of docs/results.md and the short one of README.md from the result lines in experiments/results/.
 
     python experiments/tables.py
 
@@ -12,7 +12,19 @@ from typing import Any
 
 import cifar100
 
-PAGE = Path(__file__).parents[1] / "docs/results.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/results.md"
+README = ROOT / "README.md"
+
+#: Rows of the short table: method, dimension, what it says.
+SHORT = (
+    ("class-vector prototypes, refitted", 50, "**class vectors, fixed as prototypes at the end; projection refitted**"),
+    ("softmax", 50, "softmax behind a bottleneck"),
+    ("softmax, refitted", 50, "the same, refitted to the features at the end"),
+    ("softmax at D = 100, truncated", 50, "softmax trained at D = 100, truncated"),
+    ("softmax, refitted", 100, "softmax, refitted"),
+    ("DL2PA as published [1]", 50, "DL2PA with the published bank, loss and matching"),
+)
 
 #: Column of the tables, key of the result lines.
 FIGURES = {
@@ -61,13 +73,27 @@ def table(suite: str) -> str:
     return "\n".join(text)
 
 
+def short_table() -> str:
+    """Accuracies of the most telling rows."""
+    found = collect("balanced")
+    rows = [["D", "head", "accuracy", "seeds"], ["---"] * 4]
+    for method, dim, label in SHORT:
+        lines = found[method, dim]
+        rows.append([str(dim), label, shown(lines, "top1"), str(len(lines))])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def put(path: Path, mark: str, text: str) -> None:
+    """Replace what stands in a file between a mark and the next `<!-- end -->`."""
+    before, rest = path.read_text().split(f"<!-- {mark} -->\n")
+    path.write_text(f"{before}<!-- {mark} -->\n{text}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}")
+
+
 def main() -> None:
-    """Put the table of each suite that has results between its marks."""
-    page = PAGE.read_text()
+    """Put the table of each suite that has results between its marks, and the short one."""
     for suite in filter(cifar100.results_of, cifar100.METHODS):
-        before, rest = page.split(f"<!-- {suite} -->\n")
-        page = f"{before}<!-- {suite} -->\n{table(suite)}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
-    PAGE.write_text(page)
+        put(PAGE, suite, table(suite))
+    put(README, "measured", short_table())
 
 
 if __name__ == "__main__":
