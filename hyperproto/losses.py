@@ -149,7 +149,8 @@ class PrototypeCrossEntropyLoss(PrototypeLoss):
 
     Args:
         source: a `DynamicAssigner` (fed by the loss), a converted model, or a head.
-        scale: inverse temperature s > 0 of the loss; independent of the head's `logit_scale`.
+        scale: inverse temperature s > 0 of the loss; independent of the head's `logit_scale`. Probabilities are
+            those of the latter: `fit_logit_scale` afterwards.
         label_smoothing: in [0, 1].
         reduction: "mean", "sum" or "none".
 
