@@ -35,8 +35,8 @@ ROUNDING_ARGUMENTS = ("precision", "channels_last", "compile")
 NUM_CLASSES = 100
 SEEDS = {"balanced": (0, 1, 2), "banks": (0, 1, 2), "long-tail": (0, 1, 2), "published": (0,)}
 DIMS = {"balanced": (100, 50, 25, 10), "banks": (50,), "long-tail": (100,), "published": (128,)}
-#: Suite with the softmax runs on the same data.
-SOFTMAX_SUITE = {"balanced": "balanced", "banks": "balanced", "long-tail": "long-tail", "published": "published"}
+#: Of a suite without softmax runs, the one that has them on the same data.
+SOFTMAX_SUITE = {"banks": "balanced"}
 #: Of the cosines, for each D: in few dimensions more of them are large.
 SCALES = {128: 16, 100: 16, 50: 16, 25: 12, 10: 8}
 
@@ -117,7 +117,7 @@ def free_epochs(suite: str, flags: list[str]) -> Path | None:
         return None
     width = args.dim if args.head == "softmax" else NUM_CLASSES
     tail = ["--dim", str(width), "--seed", str(args.seed)]
-    of_softmax = SOFTMAX_SUITE[suite]
+    of_softmax = SOFTMAX_SUITE.get(suite, suite)
     for method, softmax in runs(of_softmax):
         path = output_of(of_softmax, softmax) / f"epoch{args.start_epoch or args.epochs}.pt"
         if method == "softmax" and softmax[-len(tail) :] == tail and path.is_file():
@@ -161,7 +161,7 @@ def main() -> None:
         output.mkdir(parents=True, exist_ok=True)
         print(f"{name}: {' '.join(flags)} -> {output}", flush=True)
         command = [sys.executable, str(HERE.parent / "examples/train.py"), str(arguments.data), *flags]
-        cache = HERE / "output" / f"{SOFTMAX_SUITE[arguments.suite]}.pt"
+        cache = HERE / "output" / f"{SOFTMAX_SUITE.get(arguments.suite, arguments.suite)}.pt"
         command += ["--cache", str(cache), "--output", str(output), "--resume"]
         command += ["--results", str(HERE / "results" / f"{arguments.suite}.jsonl"), "--quiet"]
         command += ["--keep-checkpoints", *more_flags]
