@@ -327,6 +327,14 @@ class FreeClassVectors(nn.Module):
         return logits.view(*logits.shape, *features.shape[2:])
 
 
+def free_dim(args: argparse.Namespace, num_classes: int) -> int | None:
+    """In how many dimensions free class vectors train: those of the softmax head, else C.
+
+    They train better in so many, whatever the dimension of the prototypes that take their place.
+    """
+    return args.dim if args.head == "softmax" else num_classes
+
+
 @torch.no_grad()
 def linear_layer(free: FreeClassVectors, head: hyperproto.HypersphericalHead) -> nn.Linear:
     """What free class vectors and their projection are together in eval mode."""
@@ -506,8 +514,7 @@ class Trainer:
                 head.assign_(order)
         self.free = bool(self.heads) and (args.head == "softmax" or args.start_epoch > 0)
         if self.free:
-            # Wide, for they train better so, whatever the dimension of the prototypes that take their place.
-            dim = args.dim if args.head == "softmax" else args.num_classes
+            dim = free_dim(args, args.num_classes)
             for index, (name, head) in enumerate(self.heads.items()):
                 free = FreeClassVectors(head.in_features, head.num_classes, dim, args.projection, args.seed + index)
                 model.set_submodule(name, free)
@@ -741,8 +748,7 @@ class Trainer:
     def begin_from(self, path: Path) -> None:
         """Take the epochs with free class vectors from a softmax run."""
         state, args = torch.load(path, map_location=self.device), self.args
-        dim = args.dim if args.head == "softmax" else args.num_classes
-        expected = described(args) | SOFTMAX | {"dim": dim}
+        expected = described(args) | SOFTMAX | {"dim": free_dim(args, args.num_classes)}
         for key in UNUSED_BY_SOFTMAX:
             expected[key] = state["arguments"][key]
         check_same_run(expected, state["arguments"], path)

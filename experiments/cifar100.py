@@ -115,8 +115,7 @@ def free_epochs(suite: str, flags: list[str]) -> Path | None:
     args = train.parse_arguments(["DATA", *flags])
     if not args.start_epoch and args.truncate is None and args.refit is None:
         return None
-    width = args.dim if args.head == "softmax" else NUM_CLASSES
-    tail = ["--dim", str(width), "--seed", str(args.seed)]
+    tail = ["--dim", str(train.free_dim(args, NUM_CLASSES)), "--seed", str(args.seed)]
     of_softmax = SOFTMAX_SUITE.get(suite, suite)
     for method, softmax in runs(of_softmax):
         path = output_of(of_softmax, softmax) / f"epoch{args.start_epoch or args.epochs}.pt"

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperproto.bank import PrototypeBank
@@ -18,19 +17,19 @@ from hyperproto.errors import (
     NotLinearError,
     ShapeError,
 )
-from hyperproto.geometry import SMALLEST_SPANNING, normalise, sampled_largest_cosines, spanning_rows
+from hyperproto.geometry import SMALLEST_SPANNING, normalise, spanning_rows
+from hyperproto.logits import default_logit_scale, scaled_cosines
 from hyperproto.matching.check import check_assignment
 from hyperproto.precision import full_precision, keeping_dtype
 from hyperproto.projection import Projection, build_projection, check_features
 
 TrainingOutput = Literal["logits", "embedding"]
 
-# Leaves to torch.fx: what they decide by shape is decided when a traced graph runs.
+# Leaves to torch.fx: what they decide by shape is decided when a traced graph runs, and the buffers that they gather
+# from enter it by name, where gathering them while tracing would freeze the assignment of that moment into a constant.
 torch.fx.wrap("check_features")
 torch.fx.wrap("normalise")
-
-#: A sample exactly on its prototype gets about this probability under the default logit scale.
-PLACED_PROBABILITY = 0.99
+torch.fx.wrap("scaled_cosines")
 
 #: Classes that `HypersphericalHead.topk` compares at a time.
 TOPK_CHUNK = 16_384
@@ -390,42 +389,6 @@ class HypersphericalHead(nn.Module):
         self.check_checkpoint(state_dict, prefix)
         stamp_format_(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-# A leaf to torch.fx: the buffers enter a traced graph by name, where gathering them while tracing would freeze the
-# assignment of that moment into a constant.
-@torch.fx.wrap
-def scaled_cosines(embeddings: Tensor, prototypes: Tensor, assignment: Tensor, scale: Tensor) -> Tensor:
-    """Scale * <z, w_assignment[k]> in float32: (..., D), (P, D), (C,), () -> (..., C)."""
-    if torch.jit.is_scripting():
-        return F.linear(embeddings.float(), prototypes[assignment]) * scale
-    else:
-        with full_precision(embeddings.device):
-            return F.linear(embeddings.float(), prototypes[assignment]) * scale
-
-
-def default_logit_scale(bank: PrototypeBank, num_classes: int) -> float:
-    r"""The scale at which a sample exactly on its prototype gets a probability of about 0.99.
-
-    .. math:: s = \frac{\log\left((C - 1) \, p / (1 - p)\right)}{1 - \rho}, \qquad p = 0.99
-
-    With every other cosine at rho this is the softmax solved for s. rho is the mean over prototypes of the largest
-    cosine to another (exact for a simplex; elsewhere most cosines are smaller, so that the probability is larger).
-    Overlapping prototypes would ask for any scale at all: 1 - rho counts as at least 0.05.
-
-    Args:
-        bank: the prototypes.
-        num_classes: C, at least 2.
-
-    Example:
-        >>> round(default_logit_scale(PrototypeBank(100, 99), 100), 2)
-        9.1
-    """
-    # A few hundred rows tell the mean; the cost must not grow with the square of a bank of a million.
-    prototypes = bank.prototypes
-    rho = 0.0 if prototypes.is_meta else float(sampled_largest_cosines(prototypes, 256).mean())
-    odds = PLACED_PROBABILITY / (1.0 - PLACED_PROBABILITY)
-    return math.log((num_classes - 1) * odds) / max(1.0 - rho, 0.05)
 
 
 def get_heads(model: nn.Module) -> dict[str, HypersphericalHead]:

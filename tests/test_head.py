@@ -20,7 +20,7 @@ from hyperproto import (
     ShapeError,
     get_heads,
 )
-from hyperproto.head import PLACED_PROBABILITY, default_logit_scale
+from hyperproto.logits import PLACED_PROBABILITY, default_logit_scale
 from hyperproto.testing import SEEDS, check_assignment, heads
 
 

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from hyperproto.head import HypersphericalHead, scaled_cosines
+from hyperproto.head import HypersphericalHead
+from hyperproto.logits import scaled_cosines
 
-# A leaf to torch.fx, here as in the module that defines it.
+# A leaf to torch.fx, as in the module of the base class.
 torch.fx.wrap("scaled_cosines")
 
 
