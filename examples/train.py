@@ -1,6 +1,6 @@
 """Train an image classifier with fixed hyperspherical prototypes, or with softmax at the same bottleneck.
 
-    python examples/train.py DATA --preset recipe --dim 50 --model cifar_resnet20 --epochs 20 --results results.jsonl
+    python examples/train.py DATA --preset recipe --final-dim 50 --model cifar_resnet20 --results results.jsonl
     python examples/train.py DATA --preset cifar100-balanced
     torchrun --nproc-per-node 8 -- examples/train.py DATA --preset imagenet
 
@@ -17,7 +17,6 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -41,6 +40,7 @@ from _data import (
     save_atomically,
     seed_for,
 )
+from _refit import Batches, compress, minimise
 from scipy.optimize import minimize_scalar
 from timm.data import Mixup, create_loader, resolve_data_config
 from timm.optim import param_groups_weight_decay
@@ -56,8 +56,8 @@ import hyperproto
 #: docs/training.md says where we differ from what was published.
 PRESETS: dict[str, dict[str, Any]] = {
     "recipe": {
-        "head": "dl2pa", "bank": "class-vectors", "assignment": "static", "projection": "linear+bn",
-        "loss": "cross-entropy", "refit": 100, "optimizer": "sgd", "lr": 0.2, "schedule": "one-cycle",
+        "head": "etf", "projection": "linear+bn", "loss": "cross-entropy", "refit": 200, "optimizer": "sgd", "lr": 0.2,
+        "schedule": "one-cycle",
     },
     "cifar100-balanced": {
         "model": "cifar_resnet32", "width": 16, "head": "dl2pa", "dim": 50, "projection": "linear", "bank": "uniform",
@@ -82,21 +82,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 #: Arguments that do not decide a result: where things lie, what it runs on, what the data say.
 LOCAL_ARGUMENTS = (
     *("data", "output", "results", "cache", "resume", "quiet", "download", "device", "threads", "workers"),
-    *("num_classes", "keep_checkpoints", "free_from"),
+    *("num_classes", "keep_checkpoints", "epochs_from"),
 )
 
-#: What softmax training makes no use of, and what it has in the place of fixed prototypes.
-UNUSED_BY_SOFTMAX = ("scale", "momentum", "assign_every", "freeze_epoch")
-SOFTMAX = {
-    "head": "softmax",
-    "loss": "cross-entropy",
-    "bank": "random",
-    "assignment": "static",
-    "start": "none",
-    "start_epoch": 0,
-    "truncate": None,
-    "refit": None,
-}
+#: What comes after the last epoch and so is no part of the training.
+AFTER_TRAINING = ("refit", "final_dim", "final_bank")
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
@@ -146,8 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
                        "default for etf: the number of classes, else the width of the features")
     model.add_argument("--projection", choices=("none", "linear", "linear+bn"), default="linear+bn",
                        help="from features to embeddings or bottleneck")
-    model.add_argument("--bank", help="method of hyperproto.PrototypeBank, for dl2pa; or class-vectors: made from free "
-                       "class vectors at --start-epoch (default: auto)")
+    model.add_argument("--bank", help="method of hyperproto.PrototypeBank, for dl2pa (default: auto)")
     model.add_argument("--assignment", choices=("static", "dynamic"), help="for dl2pa (default: dynamic)")
     model.add_argument("--assign-every", type=float, default=1.0, help="epochs between assignment steps; may be < 1")
     model.add_argument("--freeze-epoch", type=int, help="no assignment steps from this epoch on")
@@ -155,16 +144,16 @@ def build_parser() -> argparse.ArgumentParser:
                        help="of the class means; none: plain means since the last assignment step")
     model.add_argument("--start", choices=("none", "random", "data"), default="none",
                        help="first assignment: in order, at random, or (with the projection) by hyperproto.fit_head")
-    model.add_argument("--start-epoch", type=int,
-                       help="with --start data or --bank class-vectors: train free class vectors until this epoch, "
-                       "in as many dimensions as there are classes; with as many as --epochs the closed form is the "
-                       "end of training (default: 0, for class-vectors the end)")
     model.add_argument("--refit", type=int,
                        help="after the last epoch: iterations of L-BFGS that fit the projection (for softmax: and the "
                        "class vectors) to the features of the training images as they are, without crops and flips, "
                        "all classes alike")
-    model.add_argument("--truncate", type=int,
-                       help="for softmax: leave no more than so many dimensions of the logits after the last epoch")
+    model.add_argument("--final-dim", type=int,
+                       help="with --refit: dimension of a head that takes the place of the trained one after the last "
+                       "epoch; its class vectors are fitted as well, and for prototypes fixed then")
+    model.add_argument("--final-bank",
+                       help="with --final-dim: its prototypes, a method of hyperproto.PrototypeBank or class-vectors "
+                       "(default: class-vectors, but for softmax none: it stays softmax)")
     model.add_argument("--loss", choices=("balanced", "long-tail", "cross-entropy"),
                        default="cross-entropy", help="squared pull, dot regression, or over the cosines")
     model.add_argument("--reduction", choices=("mean", "sum"), default="mean", help="of the loss over a batch")
@@ -201,9 +190,8 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument("--resume", action="store_true", help="go on where the run in --output stopped, if there is one")
     files.add_argument("--keep-checkpoints", action="store_true",
                        help="keep that of each epoch N in --output as epochN.pt")
-    files.add_argument("--free-from", type=Path,
-                       help="epochN.pt of a softmax run that did the same as this one until --start-epoch N or, with "
-                       "--truncate and --refit of softmax, until the end: go on from there, without doing it again")
+    files.add_argument("--epochs-from", type=Path,
+                       help="last epochN.pt of a run that trained the same: fit its head without training again")
     files.add_argument("--results", type=Path, help="append the result as one line of JSON to this file")
     files.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
@@ -228,9 +216,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**preset)
         args = parser.parse_args(argv)
     softmax = args.head == "softmax"
-    from_vectors = args.bank == "class-vectors"
-    if args.start_epoch is None:
-        args.start_epoch = args.epochs if from_vectors else 0
     checks = {
         "--head softmax trains with --loss cross-entropy": softmax and args.loss != "cross-entropy",
         "--head softmax has no --start": softmax and args.start != "none",
@@ -238,23 +223,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--label-smoothing is for --loss cross-entropy": args.label_smoothing and args.loss != "cross-entropy",
         "--imbalance must lie in (0, 1]": not 0.0 < args.imbalance <= 1.0,
         "--holdout must lie in [0, 1)": not 0.0 <= args.holdout < 1.0,
-        "--start-epoch is for --start data and --bank class-vectors": args.start_epoch
-        and args.start != "data"
-        and not from_vectors,
-        "--bank class-vectors needs a --start-epoch of at least 1": from_vectors and args.start_epoch < 1,
-        "--bank class-vectors has no --start": from_vectors and args.start != "none",
-        "--bank class-vectors needs a --dim": from_vectors and args.dim is None,
-        "--bank class-vectors needs --projection linear+bn": from_vectors and args.projection != "linear+bn",
-        "--truncate is for --head softmax with at least so large a --dim": args.truncate is not None
-        and not (softmax and 1 <= args.truncate <= (args.dim or 0)),
-        "--refit must be at least 1, with a --projection, for softmax with a --dim and no --truncate": args.refit
-        is not None
-        and (args.refit < 1 or args.projection == "none" or (softmax and (args.dim is None or args.truncate))),
-        "--free-from is for --start-epoch, or for softmax with --truncate or --refit": args.free_from
-        and not (args.start_epoch or (softmax and (args.truncate or args.refit))),
-        "--start-epoch needs a --projection": args.start_epoch and args.projection == "none",
-        "--start-epoch must not lie behind the last epoch": args.start_epoch > args.epochs,
-        "--ema averages nothing that --start-epoch leaves": args.ema and args.start_epoch == args.epochs,
+        "--refit must be at least 1, with a --projection, for softmax with a --dim": args.refit is not None
+        and (args.refit < 1 or args.projection == "none" or (softmax and args.dim is None)),
+        "--final-dim needs --refit, --loss cross-entropy and --projection linear+bn": args.final_dim is not None
+        and (args.refit is None or args.loss != "cross-entropy" or args.projection != "linear+bn"),
+        "--final-bank needs --final-dim": args.final_bank and args.final_dim is None,
+        "--epochs-from is for --refit": args.epochs_from and args.refit is None,
         "--mixup needs an even --batch-size": args.mixup and args.batch_size % 2,
         "--pretrained is for models of timm": args.pretrained and args.model.startswith(("cifar_", "torchvision/")),
         "--cache is for images in memory, without --image-size": args.cache and args.image_size,
@@ -264,6 +238,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         if wrong:
             parser.error(message)
     args.bank = {"softmax": "random", "etf": "simplex", "hpn": "hpn"}.get(args.head, args.bank or "auto")
+    if args.final_dim is not None and not softmax:
+        args.final_bank = args.final_bank or "class-vectors"
     args.assignment = args.assignment or ("dynamic" if args.head == "dl2pa" else "static")
     if args.warmup_epochs is None:
         args.warmup_epochs = 0.3 * args.epochs if args.schedule == "one-cycle" else 0.0
@@ -327,67 +303,27 @@ class FreeClassVectors(nn.Module):
         return logits.view(*logits.shape, *features.shape[2:])
 
 
-def free_dim(args: argparse.Namespace, num_classes: int) -> int | None:
-    """In how many dimensions free class vectors train: those of the softmax head, else C.
-
-    They train better in so many, whatever the dimension of the prototypes that take their place.
-    """
-    return args.dim if args.head == "softmax" else num_classes
+def free_class_vectors(args: argparse.Namespace, in_features: int, dim: int, index: int) -> FreeClassVectors:
+    """Those of the model's classifier number `index`."""
+    return FreeClassVectors(in_features, args.num_classes, dim, args.projection, args.seed + index)
 
 
-@torch.no_grad()
-def linear_layer(free: FreeClassVectors, head: hyperproto.HypersphericalHead) -> nn.Linear:
-    """What free class vectors and their projection are together in eval mode."""
-    free.eval()
-    layer = nn.Linear(head.in_features, head.num_classes).to(free.vectors.weight.device)
-    layer.bias.copy_(free(torch.zeros_like(layer.weight[:1]))[0])
-    layer.weight.copy_((free(torch.eye(head.in_features, device=layer.weight.device)) - layer.bias).T)
-    return layer
+def logits_of(head: nn.Module, rows: Tensor, *, normalised: bool = True) -> Tensor:
+    """Logits (N, C) of features (N, F) as they reach the head's projection; linear in them if not normalised."""
+    if isinstance(head, FreeClassVectors):
+        return head(rows)
+    embeddings = head.embed(rows) if normalised else head.projection(rows)
+    return head.logit_scale * embeddings @ head.class_prototypes.T
 
 
-def principal_components(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of logits (N, C): mean (C,), deviations (C,) along the principal directions, these as columns (C, C).
-
-    The direction with the largest standard deviation is the first.
-    """
-    logits = logits.double()
-    variances, directions = torch.linalg.eigh(torch.cov(logits.T))
-    return logits.mean(dim=0), variances.flip(0).clamp(min=0.0).sqrt(), directions.flip(1)
-
-
-def check_one_linear_classifier(classifiers: list[nn.Module], name: str) -> None:
-    """Stop if `--bank class-vectors` cannot take the model of this name, which has these classifiers."""
-    if len(classifiers) > 1 or not isinstance(classifiers[0], nn.Linear):
-        sys.exit(f"--bank class-vectors is for models with one classifier, an nn.Linear; {name} has another.")
-
-
-@torch.no_grad()
-def keep_function_in_training(
-    model: nn.Module, batch_norm: nn.Module, loader: Any, to_device: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-) -> None:
-    """Give a batch norm the statistics of the training images, and scale and shift that make up for the change.
-
-    In eval mode nothing changes, and train mode, which normalises by each batch, comes to do about the same.
-    """
-    count, total, squares = 0, 0.0, 0.0
-
-    def gather(module: nn.Module, inputs: tuple[Tensor]) -> None:
-        nonlocal count, total, squares
-        values = inputs[0].cpu().double()
-        count, total, squares = count + len(values), total + values.sum(dim=0), squares + values.square().sum(dim=0)
-
-    model.eval()
-    hook = batch_norm.register_forward_pre_hook(gather)
-    for images, labels in loader:
-        model(to_device(images, labels)[0])
-    hook.remove()
-    mean = (total / count).to(batch_norm.running_mean)
-    variance = (squares / count - (total / count).square()).to(batch_norm.running_var)
-    factor = batch_norm.weight / (batch_norm.running_var + batch_norm.eps).sqrt()
-    batch_norm.bias += factor * (mean - batch_norm.running_mean)
-    batch_norm.weight.copy_(factor * (variance + batch_norm.eps).sqrt())
-    batch_norm.running_mean.copy_(mean)
-    batch_norm.running_var.copy_(variance)
+def check_final_head(args: argparse.Namespace, num_heads: int) -> None:
+    """Stop if the model cannot get the final head."""
+    if args.final_dim is None or args.final_bank not in (None, "class-vectors"):
+        return
+    if args.final_dim > args.num_classes:
+        sys.exit(f"--final-dim of class vectors is at most the number of classes, {args.num_classes}.")
+    if args.final_bank and num_heads > 1:
+        sys.exit(f"--final-bank class-vectors is for models with one classifier; {args.model} has {num_heads}.")
 
 
 def build_model(args: argparse.Namespace) -> nn.Module:
@@ -470,26 +406,12 @@ def learning_rate(args: argparse.Namespace, epoch: float) -> float:
     return args.lr * (1.0 + math.cos(math.pi * progress)) / 2.0
 
 
-def class_mean_loss(
-    head: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer, batches: list[tuple[Tensor, Tensor]]
-) -> Tensor:
-    """Mean over the classes of the mean over a class's samples, of a loss without reduction; leaves its gradients."""
-    optimizer.zero_grad()
-    counts = torch.cat([labels for _, labels in batches]).bincount()
-    weights, total = 1.0 / (counts * counts.count_nonzero()), torch.zeros((), device=counts.device)
-    for features, labels in batches:
-        loss = (criterion(head(features).flatten(1), labels) * weights[labels]).sum()
-        loss.backward()
-        total += loss.detach()
-    return total
-
-
 class Trainer:
     """A model and all that trains it.
 
     Attributes:
-        heads: the hyperspherical heads, whether they are in the model or wait until `start_from_data`.
-        free: whether free class vectors train in their places.
+        heads: dotted names of the layers in the place of the model's classifiers, if there are any.
+        free: whether these are free class vectors behind a projection.
         history: what each epoch did.
     """
 
@@ -498,34 +420,23 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.mixup = Mixup(args.mixup, label_smoothing=0.0, num_classes=args.num_classes) if args.mixup else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-        self.heads: dict[str, hyperproto.HypersphericalHead] = {}
-        if args.head != "softmax" or args.dim is not None:
+        self.heads: list[str] = []
+        self.free = args.head == "softmax" and args.dim is not None
+        if args.head != "softmax" or self.free:
             dim = args.num_classes if args.head == "etf" and args.dim is None else args.dim
-            # Prototypes made of class vectors come when these have trained; others hold their place.
-            bank = "random" if args.bank == "class-vectors" else args.bank
-            modules = dict(model.named_modules())
-            hyperproto.convert_model(model, dim=dim, bank=bank, projection=args.projection, seed=args.seed)
-            self.heads = hyperproto.get_heads(model)
-            if args.bank == "class-vectors":
-                check_one_linear_classifier([modules[name] for name in self.heads], args.model)
-        if args.start == "random":
-            order = torch.randperm(args.num_classes, generator=torch.Generator().manual_seed(args.seed))
-            for head in self.heads.values():
-                head.assign_(order)
-        self.free = bool(self.heads) and (args.head == "softmax" or args.start_epoch > 0)
-        if self.free:
-            dim = free_dim(args, args.num_classes)
-            for index, (name, head) in enumerate(self.heads.items()):
-                free = FreeClassVectors(head.in_features, head.num_classes, dim, args.projection, args.seed + index)
-                model.set_submodule(name, free)
+            hyperproto.convert_model(model, dim=dim, bank=args.bank, projection=args.projection, seed=args.seed)
+            heads = hyperproto.get_heads(model)
+            self.heads = list(heads)
+            for index, (name, head) in enumerate(heads.items()):
+                if args.start == "random":
+                    order = torch.randperm(args.num_classes, generator=torch.Generator().manual_seed(args.seed))
+                    head.assign_(order)
+                if self.free:
+                    model.set_submodule(name, free_class_vectors(args, head.in_features, args.dim, index))
+        check_final_head(args, len(self.heads))
         model.to(device, memory_format=memory_format(args))
-        self._build()
-
-    def _build(self) -> None:
-        """Make what depends on which parameters the model has."""
-        args, model = self.args, self.model
         self.assigner: hyperproto.DynamicAssigner | None = None
-        if args.head == "softmax" or self.free:
+        if args.head == "softmax":
             self.criterion: nn.Module = nn.CrossEntropyLoss(
                 label_smoothing=args.label_smoothing, reduction=args.reduction
             )
@@ -544,123 +455,108 @@ class Trainer:
         dtype = torch.float16 if self.args.precision == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.args.precision != "fp32")
 
-    def end_free_phase(self) -> None:
-        """Put the heads in the place of the free class vectors.
-
-        The optimiser's state of the backbone carries on. The average of weights starts anew: one over free class
-        vectors and fixed prototypes would be neither.
-        """
-        for name, head in self.heads.items():
-            self.model.set_submodule(name, head.to(self.device))
-        self.free = False
-        before = self.optimizer.state
-        self._build()
-        of_heads = {parameter for head in self.heads.values() for parameter in head.parameters()}
-        for parameter in self.model.parameters():
-            if parameter in before and parameter not in of_heads:
-                self.optimizer.state[parameter] = before[parameter]
-
-    def end_of_free_training(self) -> dict[str, float]:
-        """What comes at `--start-epoch`, if anything; what a fit to the data reached."""
-        if self.args.start == "data":
-            return self.start_from_data()
-        if self.args.bank == "class-vectors":
-            self.start_from_vectors()
-        return {}
-
-    def start_from_vectors(self) -> None:
-        """Fix prototypes made from the free class vectors, which end here, without changing what is predicted.
-
-        Their leading directions are those of the logits over the training images, so that D dimensions hold the
-        classifier as it is used; the directions of its weights may be such as no image tells apart.
-        """
-        [(name, head)] = self.heads.items()
-        _, deviations, directions = principal_components(self.predict(self.model, self.loaders.fit)[0])
-        bank = hyperproto.PrototypeBank.from_class_vectors(directions * deviations, self.args.dim)
-        classifier = linear_layer(self.model.get_submodule(name), head)
-        self.take_prototypes(classifier, bank, warm_start=True)
-        keep_function_in_training(self.model, self.heads[name].projection[1], self.loaders.fit, self.to_device)
-        self.end_free_phase()
-
-    def take_prototypes(self, classifier: nn.Linear, bank: hyperproto.PrototypeBank, *, warm_start: bool) -> None:
-        """Convert the model anew, with these prototypes, from this classifier in the place of free class vectors."""
-        [name] = self.heads
-        self.model.set_submodule(name, classifier)
-        hyperproto.convert_model(
-            self.model,
-            bank=bank,
-            classifier=name,
-            projection=self.args.projection,
-            warm_start=warm_start,
-            seed=self.args.seed,
-        )
-        self.heads = hyperproto.get_heads(self.model)
-
     def start_from_data(self) -> dict[str, float]:
-        """Fit projection and assignment to the training images; what was reached. Free class vectors end here."""
-        if self.free:
-            self.end_free_phase()
+        """Fit projection and assignment to the training images; what was reached."""
         with self.autocast():
             fit = hyperproto.fit_head(self.model, self.loaders.fit)
         if self.ema is not None:
             self.ema.set(self.model)
         return {"start_accuracy": 100.0 * fit.accuracy, "start_similarity": fit.similarity}
 
-    @torch.no_grad()
-    def truncate(self, dim: int) -> None:
-        """Keep the leading principal components of the training images' logits: the class vectors get rank `dim`.
-
-        With the bias, which keeps the mean, this is what a bottleneck of that width could hold of the classifier.
-        """
+    def features(self) -> dict[str, Batches]:
+        """What reaches each head's projection from the training images, without crops and flips; all in memory."""
         model = self.evaluated_model()
-        mean, _, directions = principal_components(self.predict(model, self.loaders.fit)[0])
-        projector = directions[:, :dim] @ directions[:, :dim].T
-        for name in self.heads:
-            vectors = model.get_submodule(name).vectors
-            bias = mean + projector @ (vectors.bias.cpu().double() - mean)
-            vectors.weight.copy_(projector @ vectors.weight.cpu().double())
-            vectors.bias.copy_(bias)
-
-    def refit(self, iterations: int) -> None:
-        """Fit what trains in each head by the loss, with the backbone as it is (Kang et al., ICLR 2020).
-
-        Each class counts alike, however many images it has. L-BFGS needs no learning rate and draws nothing. The
-        features of all training images stay in memory.
-        """
-        args, model = argparse.Namespace(**vars(self.args) | {"reduction": "none"}), self.evaluated_model()
-        features: dict[nn.Module, list[Tensor]] = {model.get_submodule(name): [] for name in self.heads}
+        rows: dict[str, list[Tensor]] = {name: [] for name in self.heads}
         hooks = [
-            head.register_forward_pre_hook(lambda head, inputs: features[head].append(inputs[0].float()))
-            for head in features
+            model.get_submodule(name).projection.register_forward_pre_hook(
+                lambda projection, inputs, name=name: rows[name].append(inputs[0].float())
+            )
+            for name in self.heads
         ]
         _, labels = self.predict(model, self.loaders.fit)
         for hook in hooks:
             hook.remove()
-        for head, kept in features.items():
-            batches = list(zip(kept, labels.to(self.device).split([len(batch) for batch in kept]), strict=True))
-            criterion = nn.CrossEntropyLoss(reduction="none") if self.free else build_criterion(args, head)
-            parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
-            optimizer = torch.optim.LBFGS(parameters, max_iter=iterations, line_search_fn="strong_wolfe")
-            optimizer.step(partial(class_mean_loss, head, criterion, optimizer, batches))
+        return {
+            name: list(zip(kept, labels.to(self.device).split([len(batch) for batch in kept]), strict=True))
+            for name, kept in rows.items()
+        }
+
+    def refit(self) -> None:
+        """Fit what trains in each head to the features of the backbone as it is (Kang et al., ICLR 2020)."""
+        for name, batches in self.features().items():
+            self.fit(self.evaluated_model().get_submodule(name), batches)
+
+    def fit(self, head: nn.Module, batches: Batches) -> None:
+        """Fit what trains in a head by the loss, each class counting alike however many images it has."""
+        args = argparse.Namespace(**vars(self.args) | {"reduction": "none"})
+        if isinstance(head, FreeClassVectors):
+            criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing, reduction="none")
+        else:
+            criterion = build_criterion(args, head)
+        parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
+        minimise(lambda rows, labels: criterion(logits_of(head, rows), labels), parameters, batches, args.refit)
+
+    def fit_final_head(self) -> None:
+        """Put heads of `--final-dim` dimensions in the places of the trained ones."""
+        args, model = self.args, self.evaluated_model()
+        if args.final_bank not in (None, "class-vectors"):
+            self.convert_again(dim=args.final_dim, bank=args.final_bank)
+            with self.autocast():
+                hyperproto.fit_head(model, self.loaders.fit)
+            self.refit()
+            return
+        for index, (name, batches) in enumerate(self.features().items()):
+            trained = partial(logits_of, model.get_submodule(name), normalised=False)
+            head = free_class_vectors(args, batches[0][0].shape[1], args.final_dim, index).to(self.device)
+            vectors, bias = compress(trained, head.projection, batches)
+            if args.final_bank is None:
+                head.vectors.load_state_dict({"weight": vectors, "bias": bias})
+                self.fit(head, batches)
+                model.set_submodule(name, head)
+            else:
+                self.fix_class_vectors(head.projection, vectors, batches)
+
+    def fix_class_vectors(self, projection: nn.Sequential, vectors: Tensor, batches: Batches) -> None:
+        """Fit a projection and class vectors (C, D) by cross-entropy over cosines; then these are the prototypes."""
+        args, vectors = self.args, nn.Parameter(vectors)
+
+        def loss(rows: Tensor, labels: Tensor) -> Tensor:
+            cosines = F.normalize(projection(rows), dim=1) @ F.normalize(vectors, dim=1).T
+            return hyperproto.functional.prototype_cross_entropy(
+                cosines, labels, scale=args.scale, label_smoothing=args.label_smoothing, reduction="none"
+            )
+
+        minimise(loss, [*projection.parameters(), vectors], batches, args.refit)
+        [head] = self.convert_again(bank=hyperproto.PrototypeBank.from_tensor(vectors.detach().cpu()))
+        head.projection.load_state_dict(projection.state_dict())
+
+    def convert_again(self, **options: Any) -> list[hyperproto.HypersphericalHead]:
+        """Other heads in the places of the trained ones."""
+        model = self.evaluated_model()
+        hyperproto.restore_model(model)
+        hyperproto.convert_model(model, projection=self.args.projection, seed=self.args.seed, **options)
+        return list(hyperproto.get_heads(model).values())
 
     def train(self) -> None:
-        """Train from where the history ends to the last epoch."""
+        """Train from where the history ends to the last epoch, and fit the head at the end."""
         for epoch in range(len(self.history), self.args.epochs):
             seed_everything(self.args.seed, epoch, rank())
             started = time.perf_counter()
-            start = self.end_of_free_training() if epoch == self.args.start_epoch else {}
+            start = self.start_from_data() if epoch == 0 and self.args.start == "data" else {}
             entry = {"epoch": epoch, **start, **self._train_epoch(epoch), "seconds": time.perf_counter() - started}
             self.history.append(entry)
             if rank() == 0:
                 print("  ".join(f"{key} {value:.5g}" for key, value in entry.items()), flush=True)
                 if self.args.output is not None:
                     self.save(self.args.output)
-        if self.args.start_epoch == self.args.epochs:
-            self.history[-1] |= self.end_of_free_training()
-        if self.args.truncate is not None:
-            self.truncate(self.args.truncate)
-        if self.args.refit is not None:
-            self.refit(self.args.refit)
+        if self.args.final_dim is not None:
+            self.fit_final_head()
+        elif self.args.refit is not None:
+            self.refit()
+        if self.args.loss == "cross-entropy":
+            # Probabilities are those that the loss saw.
+            for head in hyperproto.get_heads(self.evaluated_model()).values():
+                head.logit_scale.fill_(self.args.scale)
 
     def _train_epoch(self, epoch: int) -> dict[str, Any]:
         args, loader = self.args, self.loaders.train
@@ -737,24 +633,17 @@ class Trainer:
         state = torch.load(folder / "last.pt", map_location=self.device)
         check_same_run(described(self.args), state["arguments"], folder)
         self.history = state["history"]
-        if self.args.head != "softmax" and self.free and len(self.history) > self.args.start_epoch:
-            if self.args.bank == "class-vectors":
-                [(name, head)] = self.heads.items()
-                bank = hyperproto.PrototypeBank.from_tensor(state["model"][f"{name}.bank.prototypes"].cpu())
-                self.take_prototypes(nn.Linear(head.in_features, head.num_classes), bank, warm_start=False)
-            self.end_free_phase()
         self._load(state)
 
     def begin_from(self, path: Path) -> None:
-        """Take the epochs with free class vectors from a softmax run."""
-        state, args = torch.load(path, map_location=self.device), self.args
-        expected = described(args) | SOFTMAX | {"dim": free_dim(args, args.num_classes)}
-        for key in UNUSED_BY_SOFTMAX:
-            expected[key] = state["arguments"][key]
-        check_same_run(expected, state["arguments"], path)
-        epochs = args.start_epoch or args.epochs
-        if len(state["history"]) != epochs:
-            sys.exit(f"expected {epochs} epochs in {path}, got {len(state['history'])}. --keep-checkpoints keeps each.")
+        """Take all epochs from a run that trained the same."""
+        state = torch.load(path, map_location=self.device)
+        check_same_run(described(self.args) | dict.fromkeys(AFTER_TRAINING), state["arguments"], path)
+        if len(state["history"]) != self.args.epochs:
+            sys.exit(
+                f"expected {self.args.epochs} epochs in {path}, got {len(state['history'])}. "
+                "--keep-checkpoints keeps each."
+            )
         self.history = state["history"]
         self._load(state)
 
@@ -941,8 +830,8 @@ def main(argv: list[str] | None = None) -> None:
         trainer.resume(args.output)
     elif finished is not None and rank() == 0:
         finished.unlink(missing_ok=True)
-    if args.free_from and not trainer.history:
-        trainer.begin_from(args.free_from)
+    if args.epochs_from and not trainer.history:
+        trainer.begin_from(args.epochs_from)
     trainer.train()
     if rank() == 0:
         write_result(trainer, summarise(trainer, class_counts))

@@ -18,10 +18,11 @@ README = ROOT / "README.md"
 
 #: Rows of the short table: method, dimension, what it says.
 SHORT = (
-    ("class-vector prototypes, refitted", 50, "**class vectors, fixed as prototypes at the end; projection refitted**"),
+    ("simplex, then class-vector prototypes", 50, "**simplex in training, then prototypes in D dimensions (recipe)**"),
     ("softmax", 50, "softmax behind a bottleneck"),
     ("softmax, refitted", 50, "the same, refitted to the features at the end"),
-    ("softmax at D = 100, truncated", 50, "softmax trained at D = 100, truncated"),
+    ("softmax at D = 100, then softmax at D", 50, "softmax trained at D = 100, refitted in D dimensions"),
+    ("simplex, refitted", 100, "**simplex, refitted (recipe)**"),
     ("softmax, refitted", 100, "softmax, refitted"),
     ("DL2PA as published [1]", 50, "DL2PA with the published bank, loss and matching"),
 )
@@ -45,7 +46,7 @@ def collect(suite: str) -> dict[tuple[str, int], list[dict[str, Any]]]:
     found: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     for method, flags in cifar100.runs(suite):
         arguments = cifar100.arguments_of(flags)
-        found[method, arguments.get("truncate", arguments["dim"])] += [
+        found[method, arguments.get("final_dim", arguments["dim"])] += [
             r for r in results if cifar100.deciding(r["arguments"]) == arguments
         ]
     return {key: lines for key, lines in found.items() if lines}

@@ -44,7 +44,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-data, cifar_resnet = load("_data"), load("_cifar_resnet")
+data, cifar_resnet, refit = load("_data"), load("_cifar_resnet"), load("_refit")
 train = load("train")
 
 
@@ -75,7 +75,8 @@ HEADS = {
     "hpn": ["--head", "hpn", "--dim", "3", "--loss", "balanced", "--reduction", "sum", "--lr", "0.001"],
     "dl2pa": ["--head", "dl2pa", "--dim", "3", "--loss", "balanced", "--start", "random", "--assign-every", "0.5"],
     "dl2pa from data": ["--head", "dl2pa", "--dim", "3", "--start", "data"],
-    "recipe": ["--preset", "recipe", "--dim", "3"],
+    "recipe": ["--preset", "recipe"],
+    "recipe in fewer dimensions": ["--preset", "recipe", "--final-dim", "3", "--refit", "20"],
 }
 
 
@@ -98,7 +99,7 @@ def test_every_head_learns_and_leaves_a_line_that_the_documentation_explains(fol
 
 
 def test_a_killed_run_ends_as_the_undisturbed_one(folder, tmp_path, monkeypatch):
-    flags = ["--head", "dl2pa", "--dim", "3", "--epochs", "3", "--start", "data", "--start-epoch", "1"]
+    flags = ["--head", "dl2pa", "--dim", "3", "--epochs", "3", "--start", "data", "--refit", "3"]
     flags += ["--mixup", "1", "--ema", "0.9", "--loss", "cross-entropy", "--precision", "fp32"]
     straight = run(folder, tmp_path / "straight.jsonl", *flags, "--output", str(tmp_path / "straight"))
 
@@ -136,49 +137,35 @@ def test_a_killed_run_ends_as_the_undisturbed_one(folder, tmp_path, monkeypatch)
         run(folder, tmp_path / "killed.jsonl", *flags, "--lr", "0.03")
 
 
-def test_a_closed_form_end_is_made_again_after_a_kill(folder, tmp_path, monkeypatch):
-    flags = ["--head", "dl2pa", "--dim", "3", "--epochs", "5", "--start", "data", "--start-epoch", "5", "--resume"]
+FINAL = {
+    "softmax": ["--head", "softmax", "--dim", str(NUM_CLASSES)],
+    "softmax, then softmax": ["--head", "softmax", "--dim", str(NUM_CLASSES), "--final-dim", "2"],
+    "softmax, then a bank": ["--head", "softmax", "--dim", "4", "--final-dim", "3", "--final-bank", "simplex"],
+    "simplex": ["--head", "etf"],
+    "simplex, then class vectors": ["--head", "etf", "--final-dim", "3"],
+    "simplex, then a bank": ["--head", "etf", "--final-dim", "2", "--final-bank", "hpn"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", FINAL.values(), ids=FINAL)
+def test_a_final_head_is_made_again_after_a_kill(folder, tmp_path, monkeypatch, flags):
+    flags = [*flags, "--epochs", "10", "--refit", "20", "--resume"]
     straight = run(folder, tmp_path / "straight.jsonl", *flags, "--output", str(tmp_path / "straight"))
     assert straight["top1"] >= 90.0
-    assert straight["start_accuracy"] >= 90.0
 
-    def kill(trainer):
+    def kill(*arguments):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "start_from_data", kill)
+        patch.setattr(train, "minimise", kill)
         with pytest.raises(KeyboardInterrupt):
             run(folder, tmp_path / "killed.jsonl", *flags, "--output", str(tmp_path / "killed"))
     killed = run(folder, tmp_path / "killed.jsonl", *flags, "--output", str(tmp_path / "killed"))
     assert killed["class_accuracy"] == straight["class_accuracy"]
-    assert killed["start_similarity"] == straight["start_similarity"]
     first, second = (torch.load(tmp_path / name / "model.pt") for name in ("straight", "killed"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
-    assert any(key.endswith("bank.prototypes") for key in first)
-
-
-def test_prototypes_from_class_vectors_come_back_after_a_kill(folder, tmp_path, monkeypatch):
-    flags = ["--head", "dl2pa", "--assignment", "static", "--loss", "cross-entropy", "--bank", "class-vectors"]
-    flags += ["--dim", "3", "--start-epoch", "6", "--epochs", "10", "--scale", "8", "--seed", "3", "--resume"]
-    straight = run(folder, tmp_path / "straight.jsonl", *flags, "--output", str(tmp_path / "straight"))
-    assert straight["top1"] >= 90.0
-    train_epoch = train.Trainer._train_epoch
-    for killed_in in (6, 8):
-
-        def until_then(trainer, epoch, killed_in=killed_in):
-            if epoch == killed_in:
-                raise KeyboardInterrupt
-            return train_epoch(trainer, epoch)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(train.Trainer, "_train_epoch", until_then)
-            with pytest.raises(KeyboardInterrupt):
-                run(folder, tmp_path / "killed.jsonl", *flags, "--output", str(tmp_path / "killed"))
-    run(folder, tmp_path / "killed.jsonl", *flags, "--output", str(tmp_path / "killed"))
-    first, second = (torch.load(tmp_path / name / "model.pt") for name in ("straight", "killed"))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert any(key.endswith("bank.prototypes") for key in first) == ("etf" in flags or "simplex" in flags)
 
 
 def trainer_of(folder, *flags: str) -> Any:
@@ -190,80 +177,31 @@ def trainer_of(folder, *flags: str) -> Any:
     return train.Trainer(args, model, train.build_loaders(args, *splits, model, device), device)
 
 
-def test_fixing_the_class_vectors_changes_no_prediction(folder):
-    trainer = trainer_of(folder, "--bank", "class-vectors", "--dim", "3", "--start-epoch", "3", "--epochs", "4")
-    for epoch in range(3):
-        trainer._train_epoch(epoch)
-    before, labels = trainer.predict(trainer.model, trainer.loaders.fit)
-    [(name, head)] = trainer.heads.items()
-    layer = train.linear_layer(trainer.model.get_submodule(name), head)
-    trainer.start_from_vectors()
-    after, _ = trainer.predict(trainer.model, trainer.loaders.fit)
-    assert len(labels) == NUM_CLASSES * (TRAIN_IMAGES - 1)
-    assert torch.equal(before.argmax(dim=1), after.argmax(dim=1))
-    assert torch.equal(trainer.model.get_submodule(name).assignment, torch.arange(NUM_CLASSES))
-    # The layer is what stood there, and train mode does what eval mode does, but for the statistics of a batch.
-    features = torch.randn(50, head.in_features)
-    old = train.FreeClassVectors(head.in_features, NUM_CLASSES, 7, "linear+bn", seed=0)
-    torch.testing.assert_close(train.linear_layer(old, head)(features), old.eval()(features), atol=1e-5, rtol=1e-4)
-    images = torch.cat([images for images, _ in trainer.loaders.fit])
-    trained = trainer.model.train()(images)
-    evaluated = trainer.model.eval()(images)
-    assert layer.weight.shape == (NUM_CLASSES, head.in_features)
-    assert (trained.argmax(dim=1) == evaluated.argmax(dim=1)).double().mean() > 0.9
-
-
-def test_class_vectors_fixed_at_the_end_are_as_good_as_free_ones(folder, tmp_path):
-    common = ["--epochs", "8", "--loss", "cross-entropy"]
-    free = run(folder, tmp_path / "free.jsonl", *common, "--head", "softmax", "--dim", str(NUM_CLASSES))
-    fixed = run(
-        folder,
-        tmp_path / "fixed.jsonl",
-        *common,
-        "--bank",
-        "class-vectors",
-        "--dim",
-        "3",
-        "--start-epoch",
-        "8",
-        "--assignment",
-        "static",
-        "--output",
-        str(tmp_path / "fixed"),
-    )
-    assert free["top1"] >= 70.0
-    assert fixed["class_accuracy"] == free["class_accuracy"]
-    assert fixed["loss"] == free["loss"]
-    assert torch.load(tmp_path / "fixed/model.pt")["fc.bank.prototypes"].shape == (NUM_CLASSES, 3)
+def prepared(folder: Path, checkpoint: Path, *flags: str) -> Any:
+    """A trainer that has the epochs of a checkpoint behind it."""
+    trainer = trainer_of(folder, *flags, "--epochs", "4", "--refit", "40")
+    trainer.begin_from(checkpoint)
+    return trainer
 
 
 @pytest.fixture(scope="module")
-def wide(folder, tmp_path_factory) -> Path:
-    """Folder of a softmax run in as many dimensions as there are classes, with the checkpoint of each epoch."""
-    output = tmp_path_factory.mktemp("wide")
-    flags = ["--head", "softmax", "--dim", str(NUM_CLASSES), "--epochs", "4", "--keep-checkpoints"]
-    run(folder, output / "results.jsonl", *flags, "--output", str(output))
-    assert len(list(output.glob("epoch*.pt"))) == 4
-    return output
+def trained(folder, tmp_path_factory) -> dict[str, Path]:
+    """The last checkpoint of a run with each head, in as many dimensions as there are classes."""
+    checkpoints = {}
+    for head in ("softmax", "etf"):
+        output = tmp_path_factory.mktemp(head)
+        flags = ["--head", head, "--dim", str(NUM_CLASSES), "--epochs", "4", "--keep-checkpoints"]
+        run(folder, output / "results.jsonl", *flags, "--output", str(output))
+        assert len(list(output.glob("epoch*.pt"))) == 4
+        checkpoints[head] = output / "epoch4.pt"
+    return checkpoints
 
 
-FROM_FREE = {
-    "class vectors, then trained on": ["--bank", "class-vectors", "--dim", "3", "--start-epoch", "2"],
-    "class vectors at the end": ["--bank", "class-vectors", "--dim", "3", "--start-epoch", "4"],
-    "fitted at the end": ["--dim", str(NUM_CLASSES), "--start", "data", "--start-epoch", "4"],
-    "fitted at the end in fewer dimensions": ["--dim", "3", "--start", "data", "--start-epoch", "4", "--refit", "3"],
-    "truncated": ["--head", "softmax", "--dim", str(NUM_CLASSES), "--truncate", "2"],
-    "refitted": ["--head", "softmax", "--dim", str(NUM_CLASSES), "--refit", "3"],
-    "class vectors, refitted": ["--bank", "class-vectors", "--dim", "3", "--start-epoch", "4", "--refit", "3"],
-}
-
-
-@pytest.mark.parametrize("flags", FROM_FREE.values(), ids=FROM_FREE)
-def test_a_run_from_the_epochs_of_softmax_ends_as_one_that_does_them_itself(folder, wide, tmp_path, flags):
-    flags = [*flags, "--epochs", "4", "--loss", "cross-entropy"]
-    epoch = flags[flags.index("--start-epoch") + 1] if "--start-epoch" in flags else "4"
+@pytest.mark.parametrize("flags", FINAL.values(), ids=FINAL)
+def test_a_run_from_the_epochs_of_another_ends_as_one_that_does_them_itself(folder, trained, tmp_path, flags):
+    flags = [*flags, "--dim", str(NUM_CLASSES), "--epochs", "4", "--refit", "5"]
     alone = run(folder, tmp_path / "alone.jsonl", *flags, "--output", str(tmp_path / "alone"))
-    more = ["--output", str(tmp_path / "from"), "--free-from", str(wide / f"epoch{epoch}.pt")]
+    more = ["--output", str(tmp_path / "from"), "--epochs-from", str(trained[flags[1]])]
     started = run(folder, tmp_path / "from.jsonl", *flags, *more)
     assert started["arguments"] == alone["arguments"]
     assert started["class_accuracy"] == alone["class_accuracy"]
@@ -272,64 +210,111 @@ def test_a_run_from_the_epochs_of_softmax_ends_as_one_that_does_them_itself(fold
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_only_the_epochs_of_the_same_run_are_taken(folder, wide, tmp_path):
-    flags = ["--bank", "class-vectors", "--dim", "3", "--start-epoch", "2", "--epochs", "4"]
-    others = ["--lr", "0.03", "--seed", "5", "--free-from", str(wide / "epoch2.pt")]
+def test_only_the_epochs_of_a_run_that_trained_the_same_are_taken(folder, trained, tmp_path):
+    flags = ["--head", "etf", "--dim", str(NUM_CLASSES), "--refit", "5", "--epochs", "4"]
     with pytest.raises(SystemExit, match="has other arguments: lr, seed"):
-        run(folder, tmp_path / "results.jsonl", *flags, *others)
-    with pytest.raises(SystemExit, match=r"expected 2 epochs in .*epoch3.pt, got 3"):
-        run(folder, tmp_path / "results.jsonl", *flags, "--free-from", str(wide / "epoch3.pt"))
+        run(
+            folder,
+            tmp_path / "results.jsonl",
+            *flags,
+            "--lr",
+            "0.03",
+            "--seed",
+            "5",
+            "--epochs-from",
+            str(trained["etf"]),
+        )
+    with pytest.raises(SystemExit, match=r"expected 4 epochs in .*epoch3.pt, got 3"):
+        run(folder, tmp_path / "results.jsonl", *flags, "--epochs-from", str(trained["etf"].with_name("epoch3.pt")))
     assert not (tmp_path / "results.jsonl").exists()
 
 
-def test_truncated_logits_are_the_principal_components_of_the_full_ones(folder, wide):
-    trainer = trainer_of(folder, "--head", "softmax", "--dim", str(NUM_CLASSES), "--truncate", "2", "--epochs", "4")
-    trainer.begin_from(wide / "epoch4.pt")
-    before, _ = trainer.predict(trainer.model, trainer.loaders.fit)
-    trainer.train()
-    after, _ = trainer.predict(trainer.model, trainer.loaders.fit)
-    mean = before.numpy().mean(axis=0)
-    _, _, directions = np.linalg.svd(before.numpy() - mean, full_matrices=False)
-    expected = (before.numpy() - mean) @ directions[:2].T @ directions[:2] + mean
-    np.testing.assert_allclose(after.numpy(), expected, atol=1e-3)
-    assert np.abs(after.numpy() - before.numpy()).max() > 0.01
+def test_the_start_of_fewer_dimensions_is_the_principal_components_of_linear_logits():
+    generator = torch.Generator().manual_seed(0)
+    rows, labels = torch.randn(200, 8, generator=generator), torch.zeros(200, dtype=torch.int64)
+    classifier = torch.nn.Linear(8, 5).requires_grad_(False)
+    classifier.weight.copy_(torch.randn(5, 8, generator=generator))
+    args = Namespace(num_classes=5, projection="linear+bn", seed=0)
+    projection = train.free_class_vectors(args, 8, 2, 0).projection
+    batches = list(zip(rows.split(90), labels.split(90), strict=True))
+    vectors, bias = refit.compress(classifier, projection, batches)
+    logits = classifier(rows).double().numpy()
+    mean = logits.mean(axis=0)
+    _, _, directions = np.linalg.svd(logits - mean, full_matrices=False)
+    expected = (logits - mean) @ directions[:2].T @ directions[:2] + mean
+    with torch.no_grad():
+        coordinates = projection(rows)
+    np.testing.assert_allclose((coordinates @ vectors.T + bias).numpy(), expected, atol=1e-3)
+    np.testing.assert_allclose(np.cov(coordinates.numpy().T), np.eye(2), atol=1e-3)
+    assert np.abs(expected - logits).max() > 1.0
+
+
+@pytest.mark.parametrize("head", ["softmax", "etf"])
+def test_logits_of_features_are_those_of_the_layer_and_linear_before_it_normalises(folder, trained, head):
+    trainer = prepared(folder, trained[head], "--head", head, "--dim", str(NUM_CLASSES))
+    [batches] = trainer.features().values()
+    layer, rows = trainer.model.get_submodule(trainer.heads[0]), torch.cat([rows for rows, _ in batches])
+    expected, labels = trainer.predict(trainer.model, trainer.loaders.fit)
+    assert torch.equal(torch.cat([labels for _, labels in batches]), labels)
+    with torch.no_grad():
+        torch.testing.assert_close(train.logits_of(layer, rows), expected, atol=1e-4, rtol=1e-4)
+        linear = partial(train.logits_of, layer, normalised=False)
+        summed, origin = linear(rows[:5]) + linear(rows[5:10]), linear(torch.zeros_like(rows[:5]))
+        torch.testing.assert_close(linear(rows[:5] + rows[5:10]), summed - origin, atol=1e-4, rtol=1e-4)
+        assert torch.equal(linear(rows).argmax(dim=1), expected.argmax(dim=1))
 
 
 def test_principal_components_are_those_of_numpy():
     logits = np.random.default_rng(0).normal(size=(60, 5)) @ np.diag([5.0, 3.0, 2.0, 1.0, 0.5]) + 2.0
-    mean, deviations, directions = train.principal_components(torch.from_numpy(logits).float())
+    mean, deviations, directions = refit.principal_components(torch.from_numpy(logits).float())
     _, singular_values, rows = np.linalg.svd(logits - logits.mean(axis=0), full_matrices=False)
     np.testing.assert_allclose(mean, logits.mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(deviations, singular_values / np.sqrt(59), rtol=1e-5)
     np.testing.assert_allclose(np.abs(directions.numpy().T @ rows.T), np.eye(5), atol=1e-5)
 
 
+def test_fitted_class_vectors_become_the_prototypes_of_a_converted_model(folder, trained):
+    trainer = prepared(folder, trained["etf"], "--head", "etf", "--dim", str(NUM_CLASSES), "--final-dim", "3")
+    backbone = {name: value.clone() for name, value in trainer.model.state_dict().items() if not name.startswith("fc.")}
+    before, labels = trainer.predict(trainer.model, trainer.loaders.fit)
+    trainer.train()
+    after, _ = trainer.predict(trainer.model, trainer.loaders.fit)
+    [head] = hyperproto.get_heads(trainer.model).values()
+    assert (head.dim, head.num_classes) == (3, NUM_CLASSES)
+    assert torch.equal(head.assignment, torch.arange(NUM_CLASSES))
+    assert float(head.logit_scale) == trainer.args.scale
+    loss = torch.nn.functional.cross_entropy
+    assert loss(after, labels) < loss(before / before.abs().max() * trainer.args.scale, labels)
+    assert all(torch.equal(trainer.model.state_dict()[name], value) for name, value in backbone.items())
+    assert {name for name, _ in head.named_parameters()} == {
+        f"projection.{n}" for n in ("0.weight", "1.weight", "1.bias")
+    }
+    assert isinstance(hyperproto.restore_model(trainer.model).fc, torch.nn.Linear)
+
+
+def test_the_average_of_the_weights_gets_the_final_head(folder, tmp_path):
+    flags = ["--head", "etf", "--final-dim", "2", "--refit", "20", "--ema", "0.5", "--epochs", "4"]
+    result = run(folder, tmp_path / "results.jsonl", *flags, "--output", str(tmp_path))
+    assert result["top1"] >= 70.0
+    assert torch.load(tmp_path / "model.pt")["fc.bank.prototypes"].shape == (NUM_CLASSES, 2)
+
+
 def mean_loss_over_training_images(trainer: Any) -> float:
     """Of the model in eval mode, by PyTorch's own cross-entropy."""
     logits, labels = trainer.predict(trainer.model, trainer.loaders.fit)
-    [head] = [trainer.model.get_submodule(name) for name in trainer.heads]
-    scale = 1.0 if trainer.free else trainer.args.scale / float(head.logit_scale)
+    heads = list(hyperproto.get_heads(trainer.model).values())
+    scale = trainer.args.scale / float(heads[0].logit_scale) if heads else 1.0
     return float(torch.nn.functional.cross_entropy(scale * logits, labels))
 
 
-REFITTED = {
-    "softmax": ["--head", "softmax", "--dim", str(NUM_CLASSES)],
-    "fixed prototypes": ["--bank", "class-vectors", "--start-epoch", "4", "--dim", "3", "--assignment", "static"],
-}
-
-
-@pytest.mark.parametrize("flags", REFITTED.values(), ids=REFITTED)
+@pytest.mark.parametrize("head", ["softmax", "etf"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_refitting_lowers_the_loss_and_moves_nothing_but_the_head(folder, wide, flags, reduction):
-    trainer = trainer_of(folder, *flags, "--epochs", "4", "--loss", "cross-entropy")
+def test_refitting_lowers_the_loss_and_moves_nothing_but_the_head(folder, trained, head, reduction):
+    trainer = prepared(folder, trained[head], "--head", head, "--dim", str(NUM_CLASSES))
     trainer.args.reduction = reduction
-    state = torch.load(wide / "epoch4.pt")
-    trainer.history = state["history"]
-    trainer._load(state)
-    trainer.train()
     loss = mean_loss_over_training_images(trainer)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    trainer.refit(20)
+    trainer.refit()
     assert mean_loss_over_training_images(trainer) < 0.8 * loss
     moved = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
     expected = {"fc.projection.0.weight", "fc.projection.1.weight", "fc.projection.1.bias"}
@@ -343,12 +328,10 @@ def test_the_loss_of_a_refit_counts_each_class_alike(criterion):
     if criterion is None:
         criterion = partial(hyperproto.PrototypeCrossEntropyLoss, head)
     features, labels = torch.randn(33, 5, generator=generator), torch.tensor([0] * 20 + [3] * 1 + [1] * 12)
-    optimizer = torch.optim.LBFGS(head.projection.parameters())
-    batches = list(zip(features.split(16), labels.split(16), strict=True))
-    loss = train.class_mean_loss(head, criterion(reduction="none"), optimizer, batches)
+    batches, each = list(zip(features.split(16), labels.split(16), strict=True)), criterion(reduction="none")
+    loss = refit.class_mean_loss(lambda rows, labels: each(head(rows), labels), batches)
     gradient = head.projection[0].weight.grad.clone()
-
-    optimizer.zero_grad()
+    head.zero_grad()
     of_class = [criterion(reduction="mean")(head(features[labels == c]), labels[labels == c]) for c in (0, 1, 3)]
     expected = sum(of_class) / 3
     expected.backward()
@@ -357,26 +340,12 @@ def test_the_loss_of_a_refit_counts_each_class_alike(criterion):
     assert float(loss) != pytest.approx(criterion(reduction="mean")(head(features), labels).item(), rel=1e-2)
 
 
-@pytest.mark.parametrize("model", ["resnetv2_18", "deit_tiny_distilled_patch16_224"])
-def test_class_vectors_of_several_or_other_classifiers_are_refused(folder, model):
-    with pytest.raises(SystemExit, match="--bank class-vectors is for models with one classifier"):
-        trainer_of(folder, "--model", model, "--bank", "class-vectors", "--dim", "3", "--start-epoch", "1")
-
-
-def test_backbone_keeps_its_optimiser_state_when_free_class_vectors_end(folder):
-    trainer = trainer_of(folder, "--dim", "3", "--start", "data", "--start-epoch", "1", "--epochs", "2")
-    model = trainer.model
-    trainer._train_epoch(1)
-    assert trainer.loaders.train.epoch == 1
-    before = {name: trainer.optimizer.state[parameter] for name, parameter in model.named_parameters()}
-    trainer.end_free_phase()
-    after = {name: trainer.optimizer.state.get(parameter) for name, parameter in model.named_parameters()}
-    backbone = {name for name in after if not name.startswith("fc.")}
-    assert all(after[name]["momentum_buffer"] is before[name]["momentum_buffer"] for name in backbone)
-    assert all(after[name] is None for name in after.keys() - backbone)
-    assert {id(p) for group in trainer.optimizer.param_groups for p in group["params"]} == set(
-        map(id, model.parameters())
-    )
+def test_final_heads_that_the_model_cannot_get_are_refused(folder):
+    flags = ["--head", "etf", "--refit", "5", "--final-dim"]
+    with pytest.raises(SystemExit, match="is for models with one classifier; deit_tiny_distilled_patch16_224 has 2"):
+        trainer_of(folder, "--model", "deit_tiny_distilled_patch16_224", *flags, "3")
+    with pytest.raises(SystemExit, match=f"is at most the number of classes, {NUM_CLASSES}"):
+        trainer_of(folder, *flags, str(NUM_CLASSES + 1))
 
 
 @pytest.mark.parametrize(
@@ -527,13 +496,14 @@ def test_flags_override_the_preset_and_its_head_options_stay_with_its_head():
 
 
 def test_the_recipe_is_the_row_of_the_results_and_gives_softmax_the_same_budget():
-    flags = ["--model", "cifar_resnet20", "--epochs", "10", "--dim", "50", "--seed", "0", "--device", "cpu"]
-    recipe = vars(train.parse_arguments(["DATA", "--preset", "recipe", *flags])) | {"preset": None}
+    flags = ["--model", "cifar_resnet20", "--epochs", "10", "--dim", "100", "--seed", "0", "--device", "cpu"]
     page = (ROOT / "experiments/results/balanced.jsonl").read_text().splitlines()
-    expected = {key: value for key, value in recipe.items() if key not in train.LOCAL_ARGUMENTS}
-    assert any(json.loads(line)["arguments"] == expected for line in page)
+    for more in ([], ["--final-dim", "50"]):
+        recipe = vars(train.parse_arguments(["DATA", "--preset", "recipe", *flags, *more])) | {"preset": None}
+        expected = {key: value for key, value in recipe.items() if key not in train.LOCAL_ARGUMENTS}
+        assert any(json.loads(line)["arguments"] == expected for line in page)
     softmax = train.parse_arguments(["DATA", "--preset", "recipe", "--head", "softmax", *flags])
-    assert (softmax.lr, softmax.refit, softmax.start_epoch, softmax.bank) == (0.2, 100, 0, "random")
+    assert (softmax.lr, softmax.refit, softmax.bank, softmax.final_bank) == (0.2, 200, "random", None)
 
 
 def test_precision_is_what_the_device_computes_fast_unless_it_is_given():
@@ -548,24 +518,14 @@ def test_precision_is_what_the_device_computes_fast_unless_it_is_given():
         ["--head", "softmax", "--start", "data"],
         ["--head", "etf", "--bank", "random"],
         ["--label-smoothing", "0.1", "--loss", "balanced"],
-        ["--start-epoch", "2"],
-        ["--start", "data", "--start-epoch", "21"],
-        ["--ema", "0.9", "--start", "data", "--start-epoch", "20"],
-        ["--start", "data", "--start-epoch", "2", "--dim", "3", "--projection", "none"],
-        ["--bank", "class-vectors", "--dim", "3", "--start-epoch", "0"],
-        ["--bank", "class-vectors", "--dim", "3", "--start-epoch", "21"],
-        ["--bank", "class-vectors", "--dim", "3", "--start-epoch", "5", "--start", "random"],
-        ["--bank", "class-vectors", "--start-epoch", "5"],
-        ["--bank", "class-vectors", "--dim", "3", "--start-epoch", "5", "--projection", "linear"],
-        ["--truncate", "2", "--dim", "3"],
-        ["--truncate", "4", "--head", "softmax", "--dim", "3"],
-        ["--truncate", "0", "--head", "softmax", "--dim", "3"],
-        ["--truncate", "2", "--head", "softmax"],
-        ["--free-from", "epoch3.pt", "--dim", "3"],
         ["--refit", "0", "--dim", "3"],
         ["--refit", "9", "--dim", "3", "--projection", "none"],
         ["--refit", "9", "--head", "softmax"],
-        ["--refit", "9", "--head", "softmax", "--dim", "3", "--truncate", "2"],
+        ["--final-dim", "2", "--dim", "3"],
+        ["--final-dim", "2", "--dim", "3", "--refit", "9", "--loss", "balanced"],
+        ["--final-dim", "2", "--dim", "3", "--refit", "9", "--projection", "linear"],
+        ["--final-bank", "hpn", "--dim", "3", "--refit", "9"],
+        ["--epochs-from", "epoch3.pt", "--dim", "3"],
         ["--mixup", "1", "--batch-size", "7"],
         ["--imbalance", "0"],
         ["--holdout", "1"],
@@ -603,8 +563,8 @@ def test_two_processes_train_one_model(folder, tmp_path):
         "3",
         "--start",
         "data",
-        "--start-epoch",
-        "1",
+        "--refit",
+        "5",
         "--epochs",
         "2",
         "--batch-size",
