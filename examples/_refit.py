@@ -41,7 +41,7 @@ def minimise(
 def principal_components(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of values (N, C): mean (C,), deviations (C,) along the principal directions, these as columns (C, C).
 
-    The direction with the largest standard deviation is the first. In float64.
+    The direction with the largest standard deviation is the first. In float64, which not every GPU has.
     """
     values = values.double()
     variances, directions = torch.linalg.eigh(torch.cov(values.T))
@@ -64,14 +64,15 @@ def compress(logits: Callable[[Tensor], Tensor], projection: nn.Sequential, batc
         Class vectors (C, D) and bias (C,), with which the projection gives the logits truncated to D dimensions.
     """
     features = torch.cat([features for features, _ in batches])
-    mean, deviations, directions = principal_components(logits(features))
+    mean, deviations, directions = principal_components(logits(features).cpu())
     linear, batch_norm = projection
     dim = linear.out_features
     identity = torch.eye(features.shape[1], device=features.device)
     weight = logits(identity) - logits(torch.zeros_like(identity[:1]))  # (F, C)
-    linear.weight.copy_((weight.double() @ directions[:, :dim]).T)
+    linear.weight.copy_((weight.cpu().double() @ directions[:, :dim]).T)
     momentum, batch_norm.momentum = batch_norm.momentum, None  # the statistics of this one batch
     projection.train()(features)
     batch_norm.momentum = momentum
     projection.eval()
-    return (directions * deviations)[:, :dim].float().contiguous(), mean.float()
+    vectors = (directions * deviations)[:, :dim].float().contiguous()
+    return vectors.to(features.device), mean.float().to(features.device)

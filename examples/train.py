@@ -588,6 +588,11 @@ class Trainer:
             images, target = self.mixup(images, target)
         with self.autocast():
             output = self.forward(images)
+        if not isinstance(output, Tensor):
+            sys.exit(
+                f"{self.args.model} returns {type(output).__name__} in training, not one tensor of logits. "
+                "For torchvision's auxiliary classifiers pass --model-kwargs aux_logits=False."
+            )
         loss = self.criterion(output.float(), target)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)

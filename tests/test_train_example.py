@@ -348,6 +348,13 @@ def test_final_heads_that_the_model_cannot_get_are_refused(folder):
         trainer_of(folder, *flags, str(NUM_CLASSES + 1))
 
 
+def test_a_model_with_auxiliary_outputs_is_told_how_to_go_without(folder, tmp_path):
+    flags = ["--model", "torchvision/googlenet", "--model-kwargs", "init_weights=False", "--dim", "3"]
+    flags += ["--image-size", "64", "--workers", "1", "--projection", "linear"]
+    with pytest.raises(SystemExit, match=r"GoogLeNetOutputs in training.*--model-kwargs aux_logits=False"):
+        run(folder, tmp_path / "results.jsonl", *flags)
+
+
 @pytest.mark.parametrize(
     ("largest", "num_classes", "imbalance", "total"),
     # Sizes of CIFAR-100-LT and CIFAR-10-LT as published.
