@@ -18,6 +18,7 @@ LAYERS = [
     "constructions",
     "bank",
     "matching",
+    "logits",
     "checkpoint",
     "projection",
     "head",
