@@ -89,8 +89,9 @@ def runs(suite: str) -> Iterator[tuple[str, list[str]]]:
     for seed in SEEDS[suite]:
         for dim in DIMS[suite]:
             for method, template in METHODS[suite].items():
-                # A simplex needs as many dimensions as classes; from those of training, fewer are left at the end.
-                if dim < NUM_CLASSES if method in WIDE else dim >= NUM_CLASSES and "--dim 100" in template:
+                without_simplex = method in WIDE and dim < NUM_CLASSES
+                none_fewer = "--dim 100" in template and dim >= NUM_CLASSES  # than in training
+                if without_simplex or none_fewer:
                     continue
                 yield method, shlex.split(f"{BUDGET[suite]} {template.format(dim=dim)} --seed {seed}")
 

@@ -211,21 +211,12 @@ def test_a_run_from_the_epochs_of_another_ends_as_one_that_does_them_itself(fold
 
 
 def test_only_the_epochs_of_a_run_that_trained_the_same_are_taken(folder, trained, tmp_path):
-    flags = ["--head", "etf", "--dim", str(NUM_CLASSES), "--refit", "5", "--epochs", "4"]
+    flags = ["--head", "etf", "--dim", str(NUM_CLASSES), "--refit", "5", "--epochs", "4", "--epochs-from"]
+    last, third = str(trained["etf"]), str(trained["etf"].with_name("epoch3.pt"))
     with pytest.raises(SystemExit, match="has other arguments: lr, seed"):
-        run(
-            folder,
-            tmp_path / "results.jsonl",
-            *flags,
-            "--lr",
-            "0.03",
-            "--seed",
-            "5",
-            "--epochs-from",
-            str(trained["etf"]),
-        )
+        run(folder, tmp_path / "results.jsonl", *flags, last, "--lr", "0.03", "--seed", "5")
     with pytest.raises(SystemExit, match=r"expected 4 epochs in .*epoch3.pt, got 3"):
-        run(folder, tmp_path / "results.jsonl", *flags, "--epochs-from", str(trained["etf"].with_name("epoch3.pt")))
+        run(folder, tmp_path / "results.jsonl", *flags, third)
     assert not (tmp_path / "results.jsonl").exists()
 
 
