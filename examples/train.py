@@ -18,7 +18,6 @@ import resource
 import sys
 import time
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,6 @@ from _data import (
     save_atomically,
     seed_for,
 )
-from _refit import Batches, compress, minimise
 from scipy.optimize import minimize_scalar
 from timm.data import Mixup, create_loader, resolve_data_config
 from timm.optim import param_groups_weight_decay
@@ -51,6 +49,11 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from tqdm import tqdm
 
 import hyperproto
+from hyperproto.fitting.components import principal_components
+from hyperproto.fitting.features import add_up_ranks
+from hyperproto.fitting.lbfgs import Batches, minimise
+from hyperproto.fitting.statistics import FeatureStatistics
+from hyperproto.projection import affine_of
 
 #: What docs/results.md found to work, and published settings; flags given on the command line override them.
 #: docs/training.md says where we differ from what was published.
@@ -225,9 +228,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--holdout must lie in [0, 1)": not 0.0 <= args.holdout < 1.0,
         "--refit must be at least 1, with a --projection, for softmax with a --dim": args.refit is not None
         and (args.refit < 1 or args.projection == "none" or (softmax and args.dim is None)),
-        "--final-dim needs --refit, --loss cross-entropy and --projection linear+bn": args.final_dim is not None
-        and (args.refit is None or args.loss != "cross-entropy" or args.projection != "linear+bn"),
+        "--refit is for --loss cross-entropy, without --label-smoothing": args.refit is not None
+        and (args.loss != "cross-entropy" or args.label_smoothing),
+        "--final-dim needs --refit and --projection linear+bn": args.final_dim is not None
+        and (args.refit is None or args.projection != "linear+bn"),
         "--final-bank needs --final-dim": args.final_bank and args.final_dim is None,
+        "--final-bank class-vectors is for heads of fixed prototypes": softmax and args.final_bank == "class-vectors",
         "--epochs-from is for --refit": args.epochs_from and args.refit is None,
         "--mixup needs an even --batch-size": args.mixup and args.batch_size % 2,
         "--pretrained is for models of timm": args.pretrained and args.model.startswith(("cifar_", "torchvision/")),
@@ -308,19 +314,11 @@ def free_class_vectors(args: argparse.Namespace, in_features: int, dim: int, ind
     return FreeClassVectors(in_features, args.num_classes, dim, args.projection, args.seed + index)
 
 
-def logits_of(head: nn.Module, rows: Tensor, *, normalised: bool = True) -> Tensor:
-    """Logits (N, C) of features (N, F) as they reach the head's projection; linear in them if not normalised."""
-    if isinstance(head, FreeClassVectors):
-        return head(rows)
-    embeddings = head.embed(rows) if normalised else head.projection(rows)
-    return head.logit_scale * embeddings @ head.class_prototypes.T
-
-
 def check_final_head(args: argparse.Namespace, num_heads: int) -> None:
     """Stop if the model cannot get the final head."""
-    if args.final_dim is None or args.final_bank not in (None, "class-vectors"):
+    if args.final_bank not in (None, "class-vectors"):
         return
-    if args.final_dim > args.num_classes:
+    if args.final_dim is not None and args.final_dim > args.num_classes:
         sys.exit(f"--final-dim of class vectors is at most the number of classes, {args.num_classes}.")
     if args.final_bank and num_heads > 1:
         sys.exit(f"--final-bank class-vectors is for models with one classifier; {args.model} has {num_heads}.")
@@ -463,8 +461,40 @@ class Trainer:
             self.ema.set(self.model)
         return {"start_accuracy": 100.0 * fit.accuracy, "start_similarity": fit.similarity}
 
+    def refit(self) -> None:
+        """Fit what trains in each head to the features of the finished backbone, each class counting alike."""
+        if self.free:
+            for name, batches in self.features().items():
+                self.fit_softmax(self.evaluated_model().get_submodule(name), batches)
+        else:
+            with self.autocast():
+                hyperproto.refit_head(
+                    self.evaluated_model(), self.loaders.fit, scale=self.args.scale, iterations=self.args.refit
+                )
+
+    def fit_final_head(self) -> None:
+        """Put heads of `--final-dim` dimensions in the places of the trained ones."""
+        args, model = self.args, self.evaluated_model()
+        if args.final_bank is None:
+            self.compress_softmax()
+            return
+        with self.autocast():
+            if args.final_bank == "class-vectors":
+                hyperproto.compress_head(
+                    model, self.loaders.fit, dim=args.final_dim, scale=args.scale, iterations=args.refit
+                )
+            else:
+                hyperproto.restore_model(model)
+                hyperproto.convert_model(
+                    model, dim=args.final_dim, bank=args.final_bank, projection=args.projection, seed=args.seed
+                )
+                hyperproto.fit_head(model, self.loaders.fit)
+                hyperproto.refit_head(model, self.loaders.fit, scale=args.scale, iterations=args.refit)
+
+    # What `refit_head` and `compress_head` do, for softmax as their peer.
+
     def features(self) -> dict[str, Batches]:
-        """What reaches each head's projection from the training images, without crops and flips; all in memory."""
+        """What reaches each projection of free class vectors from the training images as they are, with labels."""
         model = self.evaluated_model()
         rows: dict[str, list[Tensor]] = {name: [] for name in self.heads}
         hooks = [
@@ -481,61 +511,33 @@ class Trainer:
             for name, kept in rows.items()
         }
 
-    def refit(self) -> None:
-        """Fit what trains in each head to the features of the backbone as it is (Kang et al., ICLR 2020)."""
-        for name, batches in self.features().items():
-            self.fit(self.evaluated_model().get_submodule(name), batches)
-
-    def fit(self, head: nn.Module, batches: Batches) -> None:
-        """Fit what trains in a head by the loss, each class counting alike however many images it has."""
-        args = argparse.Namespace(**vars(self.args) | {"reduction": "none"})
-        if isinstance(head, FreeClassVectors):
-            criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing, reduction="none")
-        else:
-            criterion = build_criterion(args, head)
-        parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
-        minimise(lambda rows, labels: criterion(logits_of(head, rows), labels), parameters, batches, args.refit)
-
-    def fit_final_head(self) -> None:
-        """Put heads of `--final-dim` dimensions in the places of the trained ones."""
-        args, model = self.args, self.evaluated_model()
-        if args.final_bank not in (None, "class-vectors"):
-            self.convert_again(dim=args.final_dim, bank=args.final_bank)
-            with self.autocast():
-                hyperproto.fit_head(model, self.loaders.fit)
-            self.refit()
-            return
-        for index, (name, batches) in enumerate(self.features().items()):
-            trained = partial(logits_of, model.get_submodule(name), normalised=False)
-            head = free_class_vectors(args, batches[0][0].shape[1], args.final_dim, index).to(self.device)
-            vectors, bias = compress(trained, head.projection, batches)
-            if args.final_bank is None:
-                head.vectors.load_state_dict({"weight": vectors, "bias": bias})
-                self.fit(head, batches)
-                model.set_submodule(name, head)
-            else:
-                self.fix_class_vectors(head.projection, vectors, batches)
-
-    def fix_class_vectors(self, projection: nn.Sequential, vectors: Tensor, batches: Batches) -> None:
-        """Fit a projection and class vectors (C, D) by cross-entropy over cosines; then these are the prototypes."""
-        args, vectors = self.args, nn.Parameter(vectors)
+    def fit_softmax(self, head: FreeClassVectors, batches: Batches) -> None:
+        """Fit projection, class vectors and bias by cross-entropy."""
 
         def loss(rows: Tensor, labels: Tensor) -> Tensor:
-            cosines = F.normalize(projection(rows), dim=1) @ F.normalize(vectors, dim=1).T
-            return hyperproto.functional.prototype_cross_entropy(
-                cosines, labels, scale=args.scale, label_smoothing=args.label_smoothing, reduction="none"
-            )
+            return F.cross_entropy(head(rows), labels, reduction="none")
 
-        minimise(loss, [*projection.parameters(), vectors], batches, args.refit)
-        [head] = self.convert_again(bank=hyperproto.PrototypeBank.from_tensor(vectors.detach().cpu()))
-        head.projection.load_state_dict(projection.state_dict())
+        minimise(loss, list(head.parameters()), batches, num_classes=self.args.num_classes, iterations=self.args.refit)
 
-    def convert_again(self, **options: Any) -> list[hyperproto.HypersphericalHead]:
-        """Other heads in the places of the trained ones."""
-        model = self.evaluated_model()
-        hyperproto.restore_model(model)
-        hyperproto.convert_model(model, projection=self.args.projection, seed=self.args.seed, **options)
-        return list(hyperproto.get_heads(model).values())
+    def compress_softmax(self) -> None:
+        """Softmax of `--final-dim` dimensions in the places of the trained one, from its principal components on."""
+        args, model = self.args, self.evaluated_model()
+        for index, (name, batches) in enumerate(self.features().items()):
+            trained = model.get_submodule(name)
+            matrix, shift = affine_of(trained.projection, args.dim)
+            vectors = trained.vectors.weight.detach().cpu().double()
+            statistics = FeatureStatistics(args.num_classes, matrix.shape[1])
+            for rows, labels in batches:
+                statistics.add(rows.cpu(), labels.cpu())
+            add_up_ranks(list(statistics.tensors()), self.device)
+            scatter = statistics.scatter()
+            head = free_class_vectors(args, matrix.shape[1], args.final_dim, index)
+            head.projection, weight = principal_components(vectors @ matrix, scatter, args.final_dim)
+            bias = vectors @ (matrix @ scatter.sample_mean + shift) + trained.vectors.bias.detach().cpu()
+            head.vectors.load_state_dict({"weight": weight, "bias": bias})
+            head.to(self.device)
+            self.fit_softmax(head, batches)
+            model.set_submodule(name, head)
 
     def train(self) -> None:
         """Train from where the history ends to the last epoch, and fit the head at the end."""

@@ -20,7 +20,9 @@ from hyperproto.errors import (
     NotLinearError,
     ShapeError,
 )
-from hyperproto.fitting.fit_head import HeadFit, fit_head
+from hyperproto.fitting.fit_head import fit_head
+from hyperproto.fitting.refit_head import compress_head, refit_head
+from hyperproto.fitting.report import HeadFit
 from hyperproto.functional import AssignmentSolution
 from hyperproto.head import HypersphericalHead, get_heads
 from hyperproto.losses import BalancedLoss, LongTailLoss, PrototypeCrossEntropyLoss
@@ -48,12 +50,14 @@ __all__ = [
     "PrototypeBank",
     "PrototypeCrossEntropyLoss",
     "ShapeError",
+    "compress_head",
     "convert_model",
     "describe",
     "fit_head",
     "fit_logit_scale",
     "functional",
     "get_heads",
+    "refit_head",
     "restore_model",
     "to_linear",
 ]

@@ -291,9 +291,9 @@ class HypersphericalHead(nn.Module):
         """
         if self.retired:
             raise HeadNotFoundError(
-                "this HypersphericalHead is no longer part of its model: restore_model, to_linear or the model's "
-                "reset_classifier took it out. Call hyperproto.convert_model(model, ...) again, then make a new "
-                "assigner, criterion and optimizer."
+                "this HypersphericalHead is no longer part of its model: restore_model, to_linear, compress_head or "
+                "the model's reset_classifier took it out. If the model has no other one, call "
+                "hyperproto.convert_model(model, ...) again; then make a new assigner, criterion and optimizer."
             )
 
     def _check_written_assignment(self) -> None:

@@ -42,6 +42,17 @@ def layers_of(projection: nn.Module) -> tuple[nn.Linear | None, _BatchNorm | Non
     return linear, next((module for module in modules if isinstance(module, _BatchNorm)), None)
 
 
+def affine_of(projection: nn.Module, dim: int) -> tuple[Tensor, Tensor]:
+    """A projection to D dimensions in eval mode as x -> A x + b: (D, in_features), (D,), float64 on the CPU."""
+    shift = torch.zeros(dim, dtype=torch.float64, device="cpu")
+    linear, norm = layers_of(projection)
+    matrix = torch.eye(dim, dtype=torch.float64, device="cpu") if linear is None else linear.weight.cpu().double()
+    if norm is None or norm.running_mean is None or norm.running_var is None:
+        return matrix, shift
+    scale = norm.weight.cpu().double() / (norm.running_var.cpu().double() + norm.eps).sqrt()
+    return scale[:, None] * matrix, norm.bias.cpu().double() - scale * norm.running_mean.cpu().double()
+
+
 class SeededLinear(nn.Linear):
     """Bias-free linear map that starts from a seed, not from the global generator, in float32 under autocast.
 

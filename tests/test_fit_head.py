@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from clouds import Batches, assert_same_state, batched, clouds, make_head, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -33,42 +34,9 @@ from hyperproto.fitting import fit_head as module
 from hyperproto.fitting.statistics import FeatureSample, FeatureStatistics, shrunk_covariance
 from hyperproto.testing import SEEDS, check_assignment
 
-Batches = list[tuple[torch.Tensor, torch.Tensor]]
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def clouds(
-    num_classes: int, width: int, *, apart: float = 3.0, per_class: int = 30, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features (N, width) of Gaussian classes with an unequal spread in each direction, far from zero; labels (N,)."""
-    labels = torch.arange(num_classes).repeat(per_class)
-    spread = torch.linspace(0.5, 1.5, width)
-    means = apart * normal(num_classes, width, seed=seed)
-    return 2.0 + (means[labels] + normal(len(labels), width, seed=seed + 1)) * spread, labels
-
-
-def batched(features: torch.Tensor, labels: torch.Tensor, size: int = 50) -> Batches:
-    return list(zip(features.split(size), labels.split(size), strict=True))
-
-
-def make_head(num_classes: int, width: int, dim: int, **options: object) -> HypersphericalHead:
-    return HypersphericalHead(width, num_classes, dim=dim, **{"bank": "random", **options}).eval()
-
 
 def predictions(head: nn.Module, features: torch.Tensor) -> torch.Tensor:
     return head(features).argmax(dim=1)
-
-
-def assert_same_state(first: nn.Module, second: nn.Module | dict, **tolerance: float) -> None:
-    other = second if isinstance(second, dict) else second.state_dict()
-    for name, value in first.state_dict().items():
-        if tolerance:
-            torch.testing.assert_close(value, other[name], **tolerance)
-        else:
-            assert torch.equal(value, other[name]), name
 
 
 # What it reaches

@@ -10,7 +10,7 @@ from hyperproto.conversion.locate import Leaf
 from hyperproto.conversion.record import RECORD, get_record
 from hyperproto.errors import ArgumentError
 from hyperproto.head import HypersphericalHead, get_heads
-from hyperproto.projection import layers_of
+from hyperproto.projection import affine_of
 
 
 def to_linear(model: nn.Module) -> nn.Module:
@@ -74,24 +74,13 @@ def to_linear(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def _fold(head: HypersphericalHead, witness: Tensor | None) -> Leaf:
     """The head as a layer with the witness's device and dtype."""
-    matrix, shift = _affine_of(head)
+    matrix, shift = affine_of(head.projection, head.dim)
     prototypes = float(head.logit_scale) * head.class_prototypes.cpu().double()  # (C, D)
     weight, bias = (prototypes @ part for part in (matrix, shift))  # (C, in_features), (C,)
     layer = _layer(weight, bias, channels_first=isinstance(head, ChannelsFirstHead))
     if witness is None:
         witness = head.logit_scale
     return layer.to(device=witness.device, dtype=witness.dtype).train(head.training)
-
-
-def _affine_of(head: HypersphericalHead) -> tuple[Tensor, Tensor]:
-    """The projection in eval mode as x -> A x + b, in float64 on the CPU: (D, in_features), (D,)."""
-    shift = torch.zeros(head.dim, dtype=torch.float64)
-    linear, norm = layers_of(head.projection)
-    matrix = torch.eye(head.dim, dtype=torch.float64) if linear is None else linear.weight.cpu().double()
-    if norm is None or norm.running_mean is None or norm.running_var is None:
-        return matrix, shift
-    scale = norm.weight.cpu().double() / (norm.running_var.cpu().double() + norm.eps).sqrt()
-    return scale[:, None] * matrix, norm.bias.cpu().double() - scale * norm.running_mean.cpu().double()
 
 
 def _layer(weight: Tensor, bias: Tensor, *, channels_first: bool) -> Leaf:

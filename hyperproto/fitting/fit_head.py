@@ -3,58 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from hyperproto.assigner import check_shared_bank
-from hyperproto.errors import ArgumentError, HeadNotFoundError, ShapeError
 from hyperproto.fitting.closed_form import match_classes, regress
+from hyperproto.fitting.features import add_up_statistics, feed_features
+from hyperproto.fitting.report import HeadFit, report_fit
 from hyperproto.fitting.statistics import FeatureSample, FeatureStatistics
 from hyperproto.functional import solve_assignment
-from hyperproto.geometry import normalise
 from hyperproto.head import HypersphericalHead, require_heads
 from hyperproto.projection import layers_of
-from hyperproto.targets import check_target
 
 #: Numbers of the features kept to measure the accuracy of the start by: 128 MiB.
 KEPT_NUMBERS = 2**25
 
 #: Samples whose accuracy is measured at a time.
 ACCURACY_CHUNK = 4096
-
-
-@dataclass(frozen=True)
-class HeadFit:
-    """What `fit_head` reached, measured on the features that it was fitted to.
-
-    Attributes:
-        similarity: mean over the labels seen of the cosine between the label's embedded mean feature and its
-            prototype, in [-1, 1].
-        accuracy: share in [0, 1] of the samples to which the fitted head (the first, where a model has several) gives
-            their own label, or that of their largest soft target. Training accuracy; of many samples, that of a
-            random draw.
-        num_samples: samples seen, on all ranks.
-        unseen: labels without a sample, ascending.
-    """
-
-    similarity: float
-    accuracy: float
-    num_samples: int
-    unseen: tuple[int, ...]
-
-    def __str__(self) -> str:
-        text = (
-            f"start from {self.num_samples} samples: training accuracy {100 * self.accuracy:.1f} %, "
-            f"similarity {self.similarity:.4f}"
-        )
-        return f"{text}; {len(self.unseen)} labels not seen" if self.unseen else text
 
 
 @torch.no_grad()
@@ -115,24 +84,21 @@ def fit_head(model: nn.Module, loader: Iterable[Any]) -> HeadFit:
     check_shared_bank(heads)
     statistics = [FeatureStatistics(head.num_classes, head.in_features) for head in heads]
     sample = FeatureSample(max(1, KEPT_NUMBERS // heads[0].in_features), heads[0].in_features)
-    num_samples = _collect(model, heads, loader, statistics, sample)
-    device = heads[0].assignment.device
-    samples = torch.tensor([num_samples], dtype=torch.float64, device="cpu")
-    _add_up_ranks([samples, *(tensor for each in statistics for tensor in each.tensors())], device)
-    if float(samples) == 0.0:
-        raise ArgumentError("the loader gave no samples: a start needs data to be fitted to.")
+
+    def consume(index: int, features: Tensor, target: Tensor) -> None:
+        features = features.cpu()
+        statistics[index].add(features, target)
+        if index == 0:
+            sample.add(features, target if target.dim() == 1 else target.argmax(dim=1))
+
+    num_samples = add_up_statistics(heads[0], statistics, feed_features(model, heads, loader, consume))
     starts = [_fit(heads[0], statistics[0], None)]
     starts += [_fit(*each, starts[0].assignment) for each in zip(heads[1:], statistics[1:], strict=True)]
     for head, start in zip(heads, starts, strict=True):
         start.write_into(head)
-    correct = _count_correct(heads[0], sample)
-    _add_up_ranks([correct], device)
-    return HeadFit(
-        similarity=_similarity(heads[0], statistics[0]),
-        accuracy=float(correct[0] / correct[1]),
-        num_samples=int(samples),
-        unseen=tuple(torch.nonzero(statistics[0].counts <= 0).flatten().tolist()),
-    )
+    rows, labels = sample.draw()
+    batches = zip(torch.split(rows, ACCURACY_CHUNK), torch.split(labels, ACCURACY_CHUNK), strict=True)
+    return report_fit(heads[0], statistics[0], num_samples, batches)
 
 
 @dataclass(frozen=True)
@@ -182,118 +148,3 @@ def _fit(head: HypersphericalHead, statistics: FeatureStatistics, assignment: Te
         "bias": (mean - weight @ scatter.centre + scale * targets.mean(dim=0)) / length,
     }
     return _Start(assignment, weight, state)
-
-
-def _collect(
-    model: nn.Module,
-    heads: tuple[HypersphericalHead, ...],
-    loader: Iterable[Any],
-    statistics: list[FeatureStatistics],
-    sample: FeatureSample,
-) -> int:
-    """Feed what the heads project to `statistics`, and of the first one to `sample`; the number of samples."""
-    device = heads[0].assignment.device
-    model = _unwrapped(model)
-    num_samples = 0
-    with _captured_features(model, heads) as captured:
-        for inputs, target, *_ in loader:
-            target = target.cpu()
-            check_target(target, len(inputs), heads[0].num_classes)
-            captured.clear()
-            model(inputs.to(device))
-            num_samples += len(target)
-            for index, features in captured:
-                own = _target_of_rows(target, len(features))
-                statistics[index].add(features, own)
-                if index == 0:
-                    sample.add(features, own if own.dim() == 1 else own.argmax(dim=1))
-            if len(target) and len({index for index, _ in captured}) < len(heads):
-                raise HeadNotFoundError(
-                    f"{type(model).__name__} does not call all of its {len(heads)} heads in eval mode: "
-                    "there are no features to fit them to. Pass the model whose forward pass ends in the head."
-                )
-    return num_samples
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of what replicates or compiles it.
-
-    DistributedDataParallel would wait in each forward pass for ranks that have fewer batches.
-    """
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model.get_submodule("_orig_mod")
-        else:
-            return model
-
-
-def _target_of_rows(target: Tensor, num_rows: int) -> Tensor:
-    """The target (B, ...) of each of B times so many rows: positions of feature maps, or tokens, are samples too."""
-    positions, rest = divmod(num_rows, max(len(target), 1))
-    if rest:
-        raise ShapeError(f"expected features of {len(target)} samples at the head, as many as targets, got {num_rows}.")
-    return target.repeat_interleave(positions, dim=0)
-
-
-@contextmanager
-def _captured_features(model: nn.Module, heads: tuple[HypersphericalHead, ...]) -> Iterator[list[tuple[int, Tensor]]]:
-    """A list that the model's forward passes fill with features by head, all in eval mode."""
-    captured: list[tuple[int, Tensor]] = []
-
-    def keep(index: int, projection: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        # Without a projection it is directions that count.
-        rows = normalise(arguments[0]) if isinstance(projection, nn.Identity) else arguments[0]
-        captured.append((index, rows.float().cpu()))
-
-    # At the projection, where features are rows (N, in_features) whatever the layout of the head.
-    hooks = [head.projection.register_forward_pre_hook(partial(keep, index)) for index, head in enumerate(heads)]
-    try:
-        # A compiled model would not see the hooks, and a loader draws its seed from the global generator.
-        with _eval_mode(model), torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
-            yield captured
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def _add_up_ranks(tensors: list[Tensor], device: torch.device) -> None:
-    """Sum each tensor over the ranks, in place and in one collective."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return
-    flat = torch.cat([tensor.flatten() for tensor in tensors]).to(device)
-    dist.all_reduce(flat)
-    for tensor, part in zip(tensors, torch.split(flat.cpu(), [tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
-
-
-def _similarity(head: HypersphericalHead, statistics: FeatureStatistics) -> float:
-    seen = torch.nonzero(statistics.counts > 0).flatten()
-    means = statistics.sums[seen] / statistics.counts[seen, None]
-    with _eval_mode(head):
-        embedded = head.embed(means.float().to(head.assignment.device)).cpu()
-    return float((embedded * head.class_prototypes.cpu()[seen]).sum(dim=1).mean())
-
-
-def _count_correct(head: HypersphericalHead, sample: FeatureSample) -> Tensor:
-    """(2,) float64: samples given their own label, and samples."""
-    rows, labels = sample.draw()
-    with _eval_mode(head):
-        nearest = [
-            head.topk(head.embed(part.to(head.assignment.device)), k=1)[1][:, 0].cpu()
-            for part in torch.split(rows, ACCURACY_CHUNK)
-        ]
-    correct = torch.cat(nearest) == labels
-    return torch.stack([correct.sum(), torch.tensor(len(correct), device="cpu")]).double()

@@ -1,0 +1,37 @@
+"""What fewer dimensions can keep of a linear classifier."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hyperproto.fitting.statistics import ClassScatter
+from hyperproto.projection import build_projection
+
+
+@torch.no_grad()
+def principal_components(to_logits: Tensor, scatter: ClassScatter, dim: int) -> tuple[nn.Module, Tensor]:
+    """A projection onto the leading principal components of a classifier's logits, and class vectors to go with it.
+
+    Those of the logits over the samples: directions of the weights alone may be such as no sample tells apart.
+
+    Args:
+        to_logits: (C, F) float64, the classifier's weights.
+        scatter: of the features.
+        dim: D, at most C.
+
+    Returns:
+        "linear+bn" in eval mode, whose batch norm standardises the components, and vectors (C, D) float32, both on the
+        CPU. The vectors' products with what is projected are the logits less their mean, as far as D dimensions hold
+        them.
+    """
+    variances, directions = torch.linalg.eigh(to_logits @ scatter.sample_covariance @ to_logits.T)
+    leading = directions.flip(1)[:, :dim]  # (C, D)
+    deviations = variances.flip(0)[:dim].clamp_min(0.0).sqrt()
+    weight = leading.T @ to_logits  # (D, F)
+    projection = build_projection("linear+bn", to_logits.shape[1], dim, seed=0).eval()
+    linear, batch_norm = projection.children()
+    linear.load_state_dict({"weight": weight})
+    statistics = {"running_mean": weight @ scatter.sample_mean, "running_var": deviations.square()}
+    batch_norm.load_state_dict(batch_norm.state_dict() | statistics)
+    return projection, (leading * deviations).float().contiguous()

@@ -1,0 +1,129 @@
+"""One pass over labelled data: the features that reach a model's heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hyperproto.errors import ArgumentError, HeadNotFoundError, ShapeError
+from hyperproto.fitting.statistics import FeatureStatistics
+from hyperproto.geometry import normalise
+from hyperproto.head import HypersphericalHead
+from hyperproto.targets import check_target
+
+#: Takes the number of a head, features (N, F) float32 that reach it, and the target (N,) or (N, C) of each on the CPU.
+Consumer = Callable[[int, Tensor, Tensor], None]
+
+
+@torch.no_grad()
+def feed_features(
+    model: nn.Module, heads: tuple[HypersphericalHead, ...], loader: Iterable[Any], consume: Consumer
+) -> int:
+    """Give `consume` what the model's heads project, batch by batch, in eval mode; the number of samples.
+
+    Raises:
+        HeadNotFoundError: the model does not call all of its heads.
+        LabelError, ShapeError: targets that do not fit.
+    """
+    device = heads[0].assignment.device
+    model = _unwrapped(model)
+    num_samples = 0
+    with _captured_features(model, heads) as captured:
+        for inputs, target, *_ in loader:
+            target = target.cpu()
+            check_target(target, len(inputs), heads[0].num_classes)
+            captured.clear()
+            model(inputs.to(device))
+            num_samples += len(target)
+            for index, features in captured:
+                consume(index, features, _target_of_rows(target, len(features)))
+            if len(target) and len({index for index, _ in captured}) < len(heads):
+                raise HeadNotFoundError(
+                    f"{type(model).__name__} does not call all of its {len(heads)} heads in eval mode: "
+                    "there are no features to fit them to. Pass the model whose forward pass ends in the head."
+                )
+    return num_samples
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """All modules in eval mode, and as they were afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def add_up_ranks(tensors: list[Tensor], device: torch.device) -> None:
+    """Sum each tensor over the ranks, in place and in one collective; they may lie on another device."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).to(device)
+    dist.all_reduce(flat)
+    for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def add_up_statistics(head: HypersphericalHead, statistics: list[FeatureStatistics], num_samples: int) -> int:
+    """Let each rank have the statistics of all; the number of samples on all ranks.
+
+    Raises:
+        ArgumentError: there are none.
+    """
+    samples = torch.tensor([num_samples], dtype=torch.float64, device="cpu")
+    add_up_ranks([samples, *(tensor for each in statistics for tensor in each.tensors())], head.assignment.device)
+    if float(samples) == 0.0:
+        raise ArgumentError("the loader gave no samples: a head needs data to be fitted to.")
+    return int(samples)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of what replicates or compiles it.
+
+    DistributedDataParallel would wait in each forward pass for ranks that have fewer batches.
+    """
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def _target_of_rows(target: Tensor, num_rows: int) -> Tensor:
+    """The target (B, ...) of each of B times so many rows: positions of feature maps, or tokens, are samples too."""
+    positions, rest = divmod(num_rows, max(len(target), 1))
+    if rest:
+        raise ShapeError(f"expected features of {len(target)} samples at the head, as many as targets, got {num_rows}.")
+    return target.repeat_interleave(positions, dim=0)
+
+
+@contextmanager
+def _captured_features(model: nn.Module, heads: tuple[HypersphericalHead, ...]) -> Iterator[list[tuple[int, Tensor]]]:
+    """A list that the model's forward passes fill with features by head, all in eval mode."""
+    captured: list[tuple[int, Tensor]] = []
+
+    def keep(index: int, projection: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        # Without a projection it is directions that count.
+        rows = normalise(arguments[0]) if isinstance(projection, nn.Identity) else arguments[0]
+        captured.append((index, rows.float()))
+
+    # At the projection, where features are rows (N, in_features) whatever the layout of the head.
+    hooks = [head.projection.register_forward_pre_hook(partial(keep, index)) for index, head in enumerate(heads)]
+    try:
+        # A compiled model would not see the hooks, and a loader draws its seed from the global generator.
+        with eval_mode(model), torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
+            yield captured
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,59 @@
+"""Fit a few layers to features that are all at hand, without a learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from hyperproto.fitting.features import add_up_ranks
+
+#: Of features (N, F) and labels (N,), a loss for each (N,).
+SampleLoss = Callable[[Tensor, Tensor], Tensor]
+
+#: Features (N, F) and labels (N,) int64, both where the parameters are.
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def minimise(
+    loss: SampleLoss, parameters: list[nn.Parameter], batches: Batches, *, num_classes: int, iterations: int
+) -> None:
+    r"""L-BFGS on the mean over classes of the mean over a class's samples; in place.
+
+    .. math:: \min_\theta \frac1S \sum_c \frac1{n_c} \sum_{i: y_i = c} \ell_\theta(x_i, c)
+
+    with n_c samples of class c, and S classes that have any. Nothing is drawn: the same features, the same result.
+    Under torch.distributed each rank has its own samples, and all take the same steps.
+
+    Args:
+        loss: differentiable in the parameters, which it reads.
+        parameters: what is fitted, all of one dtype and on one device.
+        batches: all samples of this rank; their sizes matter to memory only.
+        num_classes: labels lie below it.
+        iterations: at most so many; each costs one or two passes over the samples.
+
+    References:
+        Liu, Nocedal, On the limited memory BFGS method for large scale optimization, 1989.
+    """
+    device = parameters[0].device
+    counts = torch.zeros(num_classes, dtype=torch.int64, device=device)
+    for _, labels in batches:
+        counts += labels.bincount(minlength=num_classes)
+    add_up_ranks([counts], device)
+    weights = 1.0 / (counts * counts.count_nonzero())  # (C,), infinite where there is no sample to weigh
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+
+    def evaluate() -> Tensor:
+        total = parameters[0].new_zeros(())
+        optimizer.zero_grad(set_to_none=False)
+        for features, labels in batches:
+            part = (loss(features, labels) * weights[labels]).sum()
+            part.backward()  # type: ignore[no-untyped-call]
+            total += part.detach()
+        add_up_ranks([total, *(parameter.grad for parameter in parameters if parameter.grad is not None)], device)
+        return total
+
+    optimizer = torch.optim.LBFGS(parameters, max_iter=iterations, line_search_fn="strong_wolfe")
+    optimizer.step(evaluate)  # type: ignore[no-untyped-call]

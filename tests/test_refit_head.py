@@ -1,0 +1,524 @@
+"""Heads fitted to a trained backbone's features once more: what is minimised, what moves, what the new head is."""
+
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from clouds import assert_same_state, batched, clouds, make_head, normal
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import run_on_ranks
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from hyperproto import (
+    ArgumentError,
+    BalancedLoss,
+    DynamicAssigner,
+    HeadNotFoundError,
+    HypersphericalHead,
+    LabelError,
+    PrototypeBank,
+    PrototypeCrossEntropyLoss,
+    ShapeError,
+    compress_head,
+    convert_model,
+    describe,
+    get_heads,
+    refit_head,
+    restore_model,
+    to_linear,
+)
+from hyperproto.conversion.channels import ChannelsFirstHead
+from hyperproto.fitting import refit_head as module
+from hyperproto.fitting.components import principal_components
+from hyperproto.fitting.lbfgs import minimise
+from hyperproto.projection import affine_of
+from hyperproto.testing import SEEDS, check_assignment, check_bank
+
+
+def class_mean_loss(head: HypersphericalHead, features: torch.Tensor, labels: torch.Tensor, scale: float) -> float:
+    """Mean over the classes present of the mean cross-entropy over a class, by NumPy in float64."""
+    with torch.no_grad():
+        logits = scale / float(head.logit_scale) * head.eval()(features).double().numpy()
+    log_sums = np.logaddexp.reduce(logits, axis=1)
+    losses = log_sums - logits[np.arange(len(labels)), labels.numpy()]
+    return float(np.mean([losses[labels.numpy() == c].mean() for c in labels.unique().tolist()]))
+
+
+def small_model(num_classes: int = 6, dim: int = 6, **options: object) -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, num_classes))
+    return convert_model(model, dim=dim, classifier="2", **options)
+
+
+def overlapping(num_classes: int = 6, width: int = 8, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clouds that no head can tell apart entirely, so that there is a finite best one; unequally many of each."""
+    features, labels = clouds(num_classes, width, **{"apart": 0.5, "per_class": 60, **options})
+    kept = torch.arange(len(labels)) // num_classes % (labels + 1) == 0
+    return features[kept], labels[kept]
+
+
+# What is minimised
+
+
+def test_least_squares_in_closed_form():
+    """Class-weighted least squares, whose minimum NumPy's lstsq knows."""
+    features, labels = overlapping()
+    weight = nn.Parameter(torch.zeros(6, 8))
+
+    def squares(rows: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        return (rows @ weight.T - F.one_hot(own, 6)).square().sum(dim=1)
+
+    minimise(squares, [weight], batched(features, labels), num_classes=6, iterations=200)
+    counts = np.bincount(labels.numpy())
+    root = np.sqrt(1.0 / counts[labels.numpy()])[:, None]
+    expected = np.linalg.lstsq(root * features.numpy(), root * np.eye(6)[labels.numpy()], rcond=None)[0]
+    np.testing.assert_allclose(weight.detach().numpy(), expected.T, atol=2e-4)
+
+
+@pytest.mark.parametrize("projection", ["linear", "linear+bn"])
+def test_a_refit_minimises_the_cross_entropy_over_the_cosines(projection, monkeypatch):
+    features, labels = overlapping()
+    head = make_head(6, 8, 4, projection=projection)
+    head.assign_(torch.tensor([3, 1, 0, 5, 4, 2]))
+    losses = []
+
+    def spy(loss, parameters, batches, **options):
+        minimise(loss, parameters, batches, **options)
+        losses.append(torch.cat([loss(*batch) for batch in batches]))
+
+    monkeypatch.setattr(module, "minimise", spy)
+    means = [class_mean_loss(head, features, labels, 12.0)]
+    for iterations in (1, 10, 100):
+        again = copy.deepcopy(head)
+        refit_head(again, batched(features, labels), scale=12.0, iterations=iterations)
+        means.append(class_mean_loss(again, features, labels, 12.0))
+    cosines = (again(features) / again.logit_scale).double().numpy(force=True)
+    expected = np.logaddexp.reduce(12.0 * cosines, axis=1) - 12.0 * cosines[np.arange(len(labels)), labels.numpy()]
+    np.testing.assert_allclose(losses[-1].numpy(force=True), expected, rtol=1e-4, atol=1e-5)
+    assert sorted(means, reverse=True) == means
+    assert means[-1] < 0.8 * means[0]
+
+
+@given(seed=SEEDS, repeats=st.integers(2, 4), label=st.integers(0, 4))
+@settings(max_examples=10)
+def test_repeating_the_samples_of_a_class_changes_nothing(seed, repeats, label):
+    features, labels = overlapping(5, seed=seed)
+    more = labels == label
+    repeated = torch.cat([features, *[features[more]] * repeats]), torch.cat([labels, *[labels[more]] * repeats])
+    plain, other = make_head(5, 8, 4), make_head(5, 8, 4)
+    refit_head(plain, batched(features, labels), iterations=5)
+    refit_head(other, batched(*repeated), iterations=5)
+    assert_same_state(other, plain, atol=1e-3, rtol=1e-3)
+
+
+@given(seed=SEEDS, size=st.integers(1, 200))
+@settings(max_examples=10)
+def test_batches_and_their_order_do_not_matter(seed, size):
+    features, labels = overlapping(5, seed=seed)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    whole, parts = make_head(5, 8, 4), make_head(5, 8, 4)
+    first = refit_head(whole, [(features, labels)], iterations=5)
+    second = refit_head(parts, batched(features[order], labels[order], size), iterations=5)
+    assert_same_state(parts, whole, atol=1e-3, rtol=1e-3)
+    assert (second.num_samples, second.unseen) == (first.num_samples, first.unseen) == (len(labels), ())
+
+
+def test_features_are_regrouped_to_bound_memory(monkeypatch):
+    features, labels = overlapping()
+    sizes = []
+
+    def spy(loss, parameters, batches, **options):
+        sizes.extend(len(own) for _, own in batches)
+        minimise(loss, parameters, batches, **options)
+
+    monkeypatch.setattr(module, "minimise", spy)
+    monkeypatch.setattr(module, "BATCH_NUMBERS", 8 * 30)  # eight features, six classes
+    head = make_head(6, 8, 4)
+    refit_head(head, batched(features, labels, size=7), iterations=3)
+    assert sum(sizes) == len(labels)
+    assert set(sizes[:-1]) == {30}
+
+
+# What moves
+
+
+@pytest.mark.parametrize("projection", ["linear", "linear+bn"])
+def test_a_refit_moves_the_projection_and_nothing_else(projection):
+    model = small_model(projection=projection).train()
+    model[1].eval()
+    [head] = get_heads(model).values()
+    head.assign_(torch.tensor([3, 1, 0, 5, 4, 2]))
+    features, labels = overlapping()
+    F.cross_entropy(model(features), labels).backward()
+    gradients = {name: value.grad.clone() for name, value in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    before, modes = copy.deepcopy(model.state_dict()), [each.training for each in model.modules()]
+    loader = DataLoader(TensorDataset(features, labels), batch_size=32, shuffle=True)
+    state = torch.get_rng_state()
+    loss = class_mean_loss(copy.deepcopy(head), head_features(model, features), labels, 16.0)
+    with torch.no_grad():  # as many evaluation functions are
+        fit = refit_head(model, loader)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [each.training for each in model.modules()] == modes
+    assert not head.projection._forward_pre_hooks
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    trains = {f"2.{name}" for name, _ in head.named_parameters()}
+    assert changed == trains | {"2.logit_scale"}
+    assert float(head.logit_scale) == 16.0
+    assert all(value is parameters[name] for name, value in model.named_parameters())
+    assert all(torch.equal(value.grad, gradients[name]) for name, value in model.named_parameters())
+    rows = head_features(model, features)
+    assert class_mean_loss(copy.deepcopy(head), rows, labels, 16.0) < 0.9 * loss
+    right = float((model.eval()(features).argmax(dim=1) == labels).float().mean())
+    assert fit.accuracy == pytest.approx(right, abs=1e-6)
+
+
+def head_features(model: nn.Sequential, inputs: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model[:2](inputs)
+
+
+def test_the_same_data_give_the_same_head():
+    first, second = make_head(6, 8, 4), make_head(6, 8, 4)
+    refit_head(first, batched(*overlapping()))
+    torch.manual_seed(7)
+    refit_head(second, batched(*overlapping()))
+    assert_same_state(second, first)
+
+
+def test_frozen_projections_are_fitted_and_stay_frozen():
+    head = make_head(6, 8, 4).requires_grad_(False)
+    before = head.projection[0].weight.clone()
+    refit_head(head, batched(*overlapping()), iterations=3)
+    assert not torch.equal(head.projection[0].weight, before)
+    assert not any(parameter.requires_grad for parameter in head.parameters())
+
+
+def test_what_is_bound_to_a_refitted_head_goes_on():
+    model = small_model()
+    assigner = DynamicAssigner(model)
+    criterion = PrototypeCrossEntropyLoss(assigner)
+    features, labels = overlapping()
+    refit_head(model, batched(features, labels), iterations=3)
+    criterion(model.train()(features), labels).backward()
+    assert assigner.step().changed >= 0
+    check_assignment(model[2])
+
+
+# Where features come from
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "deit_tiny_distilled_patch16_224", "resnetv2_50"])
+def test_models_of_timm(name):
+    timm = pytest.importorskip("timm")
+    options = {"img_size": 64} if "deit" in name else {}
+    options |= {"layers": (1, 1, 1, 1), "channels": (16, 24, 32, 40)} if "v2" in name else {}
+    model = convert_model(timm.create_model(name, num_classes=4, **options), dim=4, bank="simplex")
+    labels = torch.arange(24) % 4
+    size = 160 if name == "test_vit" else 64
+    colours = normal(4, 3)[labels][:, :, None, None]
+    loader = batched(colours + 0.1 * normal(24, 3, size, size), labels, size=8)
+    assert refit_head(model, loader, iterations=30).accuracy == 1.0
+    heads = list(get_heads(model).values())
+    with torch.no_grad():
+        assert all(torch.equal(model.eval()(images).argmax(dim=1), own) for images, own in loader)
+    if len(heads) > 1:
+        assert not torch.equal(heads[0].projection[0].weight, heads[1].projection[0].weight)
+        with pytest.raises(ArgumentError, match="expected a model with one head, got 2"):
+            compress_head(model, loader, dim=2)
+    else:
+        assert compress_head(model, loader, dim=2, iterations=30).accuracy == 1.0
+        with torch.no_grad():
+            assert all(torch.equal(model(images).argmax(dim=1), own) for images, own in loader)
+
+
+def test_channels_first_and_tokens_are_rows():
+    features, labels = overlapping(per_class=80)
+    order = labels.argsort(stable=True)
+    order = order[: len(order) // 4 * 4]
+    features, labels = features[order], labels[order]
+    labels = labels[::4].repeat_interleave(4)  # four rows of one label make one sample with four positions
+    plain, tokens = make_head(6, 8, 4), make_head(6, 8, 4)
+    maps = ChannelsFirstHead(8, 6, dim=4, bank="random").eval()
+    refit_head(plain, batched(features, labels), iterations=5)
+    refit_head(tokens, [(features.view(-1, 4, 8), labels[::4])], iterations=5)
+    refit_head(maps, [(features.view(-1, 2, 2, 8).permute(0, 3, 1, 2), labels[::4])], iterations=5)
+    assert_same_state(tokens, plain, atol=1e-3, rtol=1e-3)
+    assert_same_state(maps, plain, atol=1e-3, rtol=1e-3)
+
+
+def test_kept_features_do_not_keep_what_they_are_views_of(monkeypatch):
+    kept = []
+
+    def spy(loss, parameters, batches, **options):
+        kept.extend(features.untyped_storage().nbytes() / features.nbytes for features, _ in batches)
+
+    class FirstToken(nn.Module):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return tokens[:, 0]
+
+    monkeypatch.setattr(module, "minimise", spy)
+    features, labels = overlapping()
+    tokens = features[:, None].repeat(1, 9, 1)
+    refit_head(nn.Sequential(FirstToken(), make_head(6, 8, 4)), [(tokens, labels)])
+    assert kept == [1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    features, labels = clouds(6, 8, apart=6.0)
+    model = nn.Sequential(nn.Identity(), make_head(6, 8, 6, bank="simplex")).to(dtype)
+    loader = batched(features.to(dtype), labels)
+    assert refit_head(model, loader).accuracy > 0.95
+    assert model[1].projection[0].weight.dtype == dtype
+    assert compress_head(model, loader, dim=3).accuracy > 0.95
+    assert model[1].projection[0].weight.dtype == dtype
+    assert model[1].bank.prototypes.dtype == model[1].projection[1].weight.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert refit_head(make_head(6, 8, 6), batched(features, labels)).accuracy > 0.95
+
+
+def test_a_wrapped_model_is_refitted_like_the_bare_one_and_not_compressed():
+    bare = small_model()
+    loader = batched(*overlapping())
+    compiled, replicated = torch.compile(copy.deepcopy(bare), backend="eager"), nn.DataParallel(copy.deepcopy(bare))
+    fits = [refit_head(model, loader, iterations=5) for model in (bare, compiled, replicated)]
+    assert fits[1:] == fits[:1] * 2
+    for inner, wrapped in ((compiled._orig_mod, compiled), (replicated.module, replicated)):
+        assert_same_state(inner, bare)
+        with pytest.raises(HeadNotFoundError, match="wrapped"):
+            compress_head(wrapped, loader, dim=3)
+
+
+# Fewer dimensions
+
+
+def test_the_start_is_the_principal_components_of_the_linear_logits():
+    features, labels = overlapping()
+    head = make_head(6, 8, 6, bank="simplex")
+    head.assign_(torch.tensor([3, 1, 0, 5, 4, 2]))
+    with torch.no_grad():  # statistics of a projection that has trained
+        head.train().embed(features)
+        head.eval().projection[1].weight.uniform_(0.5, 2.0)
+        head.projection[1].bias.uniform_(-1.0, 1.0)
+        found = module._Features(nn.Sequential(head), (head,), batched(features, labels))
+        to_logits = head.class_prototypes.double() @ affine_of(head.projection, head.dim)[0]
+        projection, vectors = principal_components(to_logits, found.scatters[0], dim=2)
+        logits = (head.projection(features) @ head.class_prototypes.T).double().numpy()
+        coordinates = projection(features).double().numpy()
+    centred = logits - logits.mean(axis=0)
+    _, _, directions = np.linalg.svd(centred, full_matrices=False)
+    expected = centred @ directions[:2].T @ directions[:2]
+    np.testing.assert_allclose(coordinates @ vectors.detach().double().numpy().T, expected, atol=1e-3)
+    np.testing.assert_allclose(np.cov(coordinates.T), np.eye(2), atol=1e-2)
+    assert np.abs(expected - centred).max() > 0.1
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_a_compressed_head_beats_its_start_and_a_bank_that_knows_nothing(dim):
+    features, labels = overlapping(apart=1.0)
+    losses = {}
+    for iterations in (1, 100):
+        model = nn.Sequential(make_head(6, 8, 6, bank="simplex"))
+        refit_head(model, batched(features, labels), iterations=20)
+        fit = compress_head(model, batched(features, labels), dim=dim, iterations=iterations)
+        losses[iterations] = class_mean_loss(model[0], features, labels, 16.0)
+    blind = make_head(6, 8, dim)
+    refit_head(blind, batched(features, labels), iterations=100)
+    assert losses[100] < 0.95 * losses[1]
+    assert losses[100] < 0.95 * class_mean_loss(blind, features, labels, 16.0)
+    right = float((model(features).argmax(dim=1) == labels).float().mean())
+    assert fit.accuracy == pytest.approx(right, abs=1e-6)
+
+
+@pytest.mark.parametrize("training_output", ["logits", "embedding"])
+def test_the_new_head_takes_the_old_ones_place(training_output):
+    model = small_model(bank="simplex", training_output=training_output).train()
+    linear, old = model.state_dict(), model[2]
+    backbone = {name: value.clone() for name, value in linear.items() if not name.startswith("2.")}
+    criterion, assigner = BalancedLoss(old), DynamicAssigner(model)
+    features, labels = overlapping()
+    fit = compress_head(model, batched(features, labels), dim=3, scale=20.0, iterations=5)
+    head = model[2]
+    assert head is not old
+    assert (head.dim, head.num_classes, head.training_output) == (3, 6, training_output)
+    assert head.training
+    assert head.projection.training
+    assert float(head.logit_scale) == 20.0
+    assert torch.equal(head.assignment, torch.arange(6))
+    check_bank(head.bank)
+    assert {name for name, _ in head.named_parameters()} == {
+        f"projection.{name}" for name in ("0.weight", "1.weight", "1.bias")
+    }
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in head.parameters())
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in backbone.items())
+    assert "6 classes on prototypes in dimension 3" in describe(model)
+    assert f"{sum(p.numel() for p in model.parameters()):,} after" in describe(model)
+    assert "246 before" in describe(model)  # 8 * 16 + 16 + 16 * 6 + 6
+    for bound in (lambda: criterion(model(features), labels), assigner.step):
+        with pytest.raises(HeadNotFoundError, match="compress_head"):
+            bound()
+    # Training can go on.
+    assigner = DynamicAssigner(model)
+    BalancedLoss(assigner)(model(features), labels).backward()
+    assert assigner.step().changed >= 0
+    assert fit.num_samples == len(labels)
+
+
+def test_the_way_back_and_the_way_out_are_as_before():
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 6))
+    original = model[2]
+    convert_model(model, dim=6, classifier="2")
+    features, labels = overlapping()
+    compress_head(model, batched(features, labels), dim=3, iterations=5)
+    predictions = model.eval()(features).argmax(dim=1)
+    assert torch.equal(to_linear(copy.deepcopy(model))(features).argmax(dim=1), predictions)
+    assert torch.equal(copy.deepcopy(model)(features).argmax(dim=1), predictions)
+    head = model[2]
+    assert restore_model(model)[2] is original
+    assert head.retired
+
+
+def test_a_checkpoint_brings_its_bank_along():
+    model = small_model(bank="simplex")
+    features, labels = overlapping()
+    compress_head(model, batched(features, labels), dim=3, iterations=5)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    other = small_model(dim=None, bank=PrototypeBank.from_tensor(state["2.bank.prototypes"]))
+    other.load_state_dict(state)
+    assert torch.equal(other.eval()(features), model.eval()(features))
+
+
+def test_a_head_that_a_user_put_in_can_be_replaced():
+    model = nn.Sequential(nn.Identity(), make_head(6, 8, 6, bank="simplex"))
+    assert compress_head(model, batched(*overlapping()), dim=3).num_samples == len(overlapping()[1])
+    assert model[1].dim == 3
+
+
+def test_heads_over_channels_stay_so():
+    model = convert_model(nn.Sequential(nn.Conv2d(8, 6, 1)), dim=6, classifier="0")
+    features, labels = overlapping()
+    compress_head(model, batched(features[:, :, None, None], labels), dim=3)
+    assert isinstance(model[0], ChannelsFirstHead)
+    assert model(features[:, :, None, None]).shape == (len(labels), 6, 1, 1)
+
+
+def test_more_dimensions_than_the_features_have():
+    features, labels = overlapping(8, width=4)
+    model = nn.Sequential(make_head(8, 4, 8, bank="simplex"))
+    before = class_mean_loss(model[0], features, labels, 16.0)
+    compress_head(model, batched(features, labels), dim=8)
+    assert torch.isfinite(model[0].projection[0].weight).all()
+    assert class_mean_loss(model[0], features, labels, 16.0) < before
+
+
+def test_labels_without_samples():
+    features, labels = overlapping()
+    present = labels < 4
+    model = nn.Sequential(make_head(6, 8, 6, bank="simplex"))
+    fit = refit_head(model, batched(features[present], labels[present]))
+    assert fit.unseen == (4, 5)
+    assert compress_head(model, batched(features[present], labels[present]), dim=3).unseen == (4, 5)
+    check_bank(model[0].bank)
+    assert float((model(features[present]).argmax(dim=1) == labels[present]).float().mean()) > 0.4
+
+
+# Errors
+
+ALTERNATING = torch.arange(8) % 4
+
+
+@pytest.mark.parametrize("dim", [None, 2], ids=["refit", "compress"])
+@pytest.mark.parametrize(
+    ("data", "error", "words"),
+    [
+        ([], ArgumentError, "no samples"),
+        ([(normal(8, 6), torch.tensor([0, 1, 2, 4] * 2))], LabelError, "from 0 to 4"),
+        ([(normal(8, 6), F.one_hot(ALTERNATING, 4).float())], LabelError, "without mixup"),
+        ([(normal(8, 6), torch.arange(7) % 4)], ShapeError, "8 samples"),
+        ([(normal(8, 5), ALTERNATING)], ShapeError, r"\(8, 5\)"),
+        ([(torch.full((8, 6), torch.nan), ALTERNATING)], ArgumentError, "finite"),
+        ([(torch.ones(8, 6), ALTERNATING)], ArgumentError, "nothing to fit"),
+        ([(normal(8, 6), torch.full((8,), 2))], ArgumentError, "several labels"),
+    ],
+)
+def test_data_in_error_leave_the_model_as_it_was(dim, data, error, words):
+    model = nn.Sequential(nn.Identity(), make_head(4, 6, 4))
+    model.train()
+    before, head = copy.deepcopy(model.state_dict()), model[1]
+    with pytest.raises(error, match=words):
+        refit_head(model, data) if dim is None else compress_head(model, data, dim=dim)
+    assert_same_state(model, before)
+    assert model[1] is head
+    assert not head.retired
+    assert all(each.training for each in model.modules())
+    assert not head.projection._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"scale": 0.0}, "scale > 0, got 0.0"),
+        ({"scale": float("inf")}, "scale > 0, got inf"),
+        ({"iterations": 0}, "at least 1 iteration, got 0"),
+    ],
+)
+def test_options_out_of_range(options, words):
+    model = nn.Sequential(make_head(4, 6, 4))
+    with pytest.raises(ArgumentError, match=words):
+        refit_head(model, batched(*clouds(4, 6)), **options)
+    with pytest.raises(ArgumentError, match=words):
+        compress_head(model, batched(*clouds(4, 6)), dim=2, **options)
+
+
+@pytest.mark.parametrize("dim", [1, 5])
+def test_dimensions_out_of_range(dim):
+    with pytest.raises(ArgumentError, match=f"from 2 to the number of classes, 4, got {dim}"):
+        compress_head(nn.Sequential(make_head(4, 6, 4)), batched(*clouds(4, 6)), dim=dim)
+
+
+def test_heads_that_cannot_be_fitted_or_replaced():
+    loader = batched(*clouds(4, 6))
+    with pytest.raises(ArgumentError, match="nothing to fit"):
+        refit_head(make_head(4, 6, 6, projection="none"), loader)
+    for projection in ("none", "linear"):
+        with pytest.raises(ArgumentError, match=r"linear\+bn"):
+            compress_head(nn.Sequential(make_head(4, 6, 6, projection=projection)), loader, dim=2)
+    with pytest.raises(ArgumentError, match="bare head"):
+        compress_head(make_head(4, 6, 4), loader, dim=2)
+    for call in (refit_head, lambda model, loader: compress_head(model, loader, dim=2)):
+        with pytest.raises(HeadNotFoundError, match="convert_model"):
+            call(nn.Linear(6, 4), loader)
+
+
+# Several processes
+
+
+def fit_on_rank(rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    model = small_model(bank="simplex")
+    features, labels = overlapping()
+    # Unequal shares, labels that only the first rank has, and a rank that has no data at all.
+    mine = {0: labels < 2, 1: labels >= 2, 2: labels < 0}[rank] if world_size > 1 else labels >= 0
+    loader = batched(features[mine], labels[mine], size=20) if mine.any() else []
+    fits = [refit_head(model, loader, iterations=5), compress_head(model, loader, dim=3, iterations=5)]
+    report = torch.tensor([[fit.accuracy, fit.similarity, fit.num_samples] for fit in fits])
+    return {**model.state_dict(), "report": report}
+
+
+def test_ranks_agree_bit_for_bit_and_with_one_process():
+    first, *others = run_on_ranks(fit_on_rank, 3, 3)
+    for other in others:
+        assert all(torch.equal(value, other[name]) for name, value in first.items())
+    assert not dist.is_initialized()
+    alone = fit_on_rank(0, 1)
+    for name, value in alone.items():
+        torch.testing.assert_close(first[name], value, atol=5e-3, rtol=5e-3)
