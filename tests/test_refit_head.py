@@ -94,7 +94,7 @@ def test_a_refit_minimises_the_cross_entropy_over_the_cosines(projection, monkey
     monkeypatch.setattr(module, "minimise", spy)
     means = [class_mean_loss(head, features, labels, 12.0)]
     for iterations in (1, 10, 100):
-        again = copy.deepcopy(head)
+        again = copy.deepcopy(head).train()
         refit_head(again, batched(features, labels), scale=12.0, iterations=iterations)
         means.append(class_mean_loss(again, features, labels, 12.0))
     cosines = (again(features) / again.logit_scale).double().numpy(force=True)
@@ -253,19 +253,20 @@ def test_channels_first_and_tokens_are_rows():
 
 
 def test_kept_features_do_not_keep_what_they_are_views_of(monkeypatch):
-    kept = []
+    kept, regroup = [], module._regroup
 
-    def spy(loss, parameters, batches, **options):
+    def spy(batches, size):
         kept.extend(features.untyped_storage().nbytes() / features.nbytes for features, _ in batches)
+        return regroup(batches, size)
 
     class FirstToken(nn.Module):
         def forward(self, tokens: torch.Tensor) -> torch.Tensor:
             return tokens[:, 0]
 
-    monkeypatch.setattr(module, "minimise", spy)
+    monkeypatch.setattr(module, "_regroup", spy)
     features, labels = overlapping()
     tokens = features[:, None].repeat(1, 9, 1)
-    refit_head(nn.Sequential(FirstToken(), make_head(6, 8, 4)), [(tokens, labels)])
+    refit_head(nn.Sequential(FirstToken(), make_head(6, 8, 4)), [(tokens, labels)], iterations=1)
     assert kept == [1.0]
 
 
@@ -401,6 +402,7 @@ def test_a_head_that_a_user_put_in_can_be_replaced():
     model = nn.Sequential(nn.Identity(), make_head(6, 8, 6, bank="simplex"))
     assert compress_head(model, batched(*overlapping()), dim=3).num_samples == len(overlapping()[1])
     assert model[1].dim == 3
+    assert not model[1].training
 
 
 def test_heads_over_channels_stay_so():
