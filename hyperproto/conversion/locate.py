@@ -63,7 +63,8 @@ def check_unwrapped(model: nn.Module, name: str = "") -> None:
                 wrap = WRAPPERS[base.__name__]
                 raise HeadNotFoundError(
                     f"expected a model that nothing wraps, got one already wrapped by {wrap}, which would not know of "
-                    f"the new layers. Convert first, then wrap: convert_model(model, ...), then {wrap}(model, ...)."
+                    f"the new layers. Pass the model inside and wrap it afterwards: convert_model(model, ...), then "
+                    f"{wrap}(model, ...)."
                 )
 
 
