@@ -2,15 +2,16 @@
 
     python experiments/cifar100.py balanced DATA --jobs 2 --threads 1     # two runs at a time, each on a core
     python experiments/cifar100.py banks DATA --jobs 2 --threads 1        # from the simplex runs of the former
+    python experiments/cifar100.py ablation DATA --jobs 2 --threads 1     # the recipe less one part at a time
     python experiments/cifar100.py long-tail DATA --list                  # what is done and what is not
     python experiments/cifar100.py published DATA                         # 200 epochs each: for a GPU
     python experiments/tables.py                                          # docs/results.md from all results
 
 DATA is a folder of CIFAR-100's class folders, DATA/train/<class>/*.png and DATA/test/<class>/*.png: 200 training images
-of each class for "balanced" and "banks", the 10,847 images of the published profile at imbalance 0.01 for "long-tail",
-the 12,608 of 0.02 for "published". Other flags go to train.py, such as --precision fp32 and --threads 1; what they
-change is rounding. Runs that are interrupted go on where they stopped, and those that train as another one did take
-its epochs from that one's folder.
+of each class for "balanced", "banks" and "ablation", the 10,847 images of the published profile at imbalance 0.01 for
+"long-tail", the 12,608 of 0.02 for "published". Other flags go to train.py, such as --precision fp32 and --threads 1;
+what they change is rounding. Runs that are interrupted go on where they stopped, and those that train as another one
+did take its epochs from that one's folder.
 """
 
 import argparse
@@ -33,12 +34,15 @@ import train  # noqa: E402
 ROUNDING_ARGUMENTS = ("precision", "channels_last", "compile")
 
 NUM_CLASSES = 100
-SEEDS = {"balanced": (0, 1, 2), "banks": (0, 1, 2), "long-tail": (0, 1, 2), "published": (0,)}
-DIMS = {"balanced": (100, 50, 25, 10), "banks": (50,), "long-tail": (100,), "published": (128,)}
+SEEDS = {"balanced": (0, 1, 2), "banks": (0, 1, 2), "ablation": (0,), "long-tail": (0, 1, 2), "published": (0,)}
+DIMS = {"balanced": (100, 50, 25, 10), "banks": (50,), "ablation": (100,), "long-tail": (100,), "published": (128,)}
 #: Methods whose heads have no fewer dimensions than classes.
 WIDE = ("ETF [2]", "simplex, refitted")
-#: Of a suite without trainings of its own, the one that has them on the same data.
-TRAINED_IN = {"banks": "balanced"}
+#: Of a suite, another one that has trainings on the same data.
+TRAINED_IN = {"banks": "balanced", "ablation": "balanced"}
+
+#: Training towards the simplex, and the refit.
+RECIPE = "--head etf --loss cross-entropy --lr 0.2 --refit 200"
 
 # fmt: off
 #: The same network, epochs, schedule and projection for all. docs/results.md tells which learning rates were compared.
@@ -59,6 +63,16 @@ METHODS: dict[str, dict[str, str]] = {
         bank: f"--head etf --loss cross-entropy --lr 0.2 --dim 100 --refit 200 --final-dim {{dim}} --final-bank {bank}"
         for bank in ("orthoplex", "separated", "hpn", "uniform", "random")
     },
+    "ablation": {
+        "the recipe": f"{RECIPE} --dim {{dim}}",
+        "no batch norm before the normalisation": f"{RECIPE} --dim {{dim}} --projection linear",
+        "scale 8 instead of 16": f"{RECIPE} --dim {{dim}} --scale 8",
+        "learning rate 0.1 instead of 0.2": f"{RECIPE} --dim {{dim}} --lr 0.1",
+        "weight decay 1e-4 instead of 5e-4": f"{RECIPE} --dim {{dim}} --weight-decay 1e-4",
+        "a start from the data": f"{RECIPE} --dim {{dim}} --start data",
+        "training at D = 50: orthoplex, start from the data, dynamic":
+            f"{RECIPE} --dim 50 --head dl2pa --bank orthoplex --start data",
+    },
     "long-tail": {
         "softmax": "--head softmax --lr 0.1 --dim {dim}",
         "softmax, refitted": "--head softmax --lr 0.1 --dim {dim} --refit 100",
@@ -78,6 +92,7 @@ METHODS: dict[str, dict[str, str]] = {
 BUDGET = {
     "balanced": "--model cifar_resnet20 --epochs 10 --projection linear+bn",
     "banks": "--model cifar_resnet20 --epochs 10 --projection linear+bn",
+    "ablation": "--model cifar_resnet20 --epochs 10 --projection linear+bn",
     "long-tail": "--model cifar_resnet20 --epochs 20 --projection linear+bn --mixup 1.0",
     # The data are long-tailed already.
     "published": "--preset cifar100-lt --imbalance 1.0",
