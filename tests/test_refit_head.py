@@ -128,20 +128,20 @@ def test_batches_and_their_order_do_not_matter(seed, size):
     assert (second.num_samples, second.unseen) == (first.num_samples, first.unseen) == (len(labels), ())
 
 
-def test_features_are_regrouped_to_bound_memory(monkeypatch):
+@pytest.mark.parametrize(("limit", "rows"), [({"BATCH_NUMBERS": 8 * 30}, 30), ({"BATCH_ROWS": 25}, 25)])
+def test_features_are_regrouped_to_bound_memory(limit, rows, monkeypatch):
     features, labels = overlapping()
     sizes = []
 
     def spy(loss, parameters, batches, **options):
         sizes.extend(len(own) for _, own in batches)
-        minimise(loss, parameters, batches, **options)
 
     monkeypatch.setattr(module, "minimise", spy)
-    monkeypatch.setattr(module, "BATCH_NUMBERS", 8 * 30)  # eight features, six classes
-    head = make_head(6, 8, 4)
-    refit_head(head, batched(features, labels, size=7), iterations=3)
+    for name, value in limit.items():
+        monkeypatch.setattr(module, name, value)
+    refit_head(make_head(6, 8, 4), batched(features, labels, size=7))  # eight features, six classes
     assert sum(sizes) == len(labels)
-    assert set(sizes[:-1]) == {30}
+    assert set(sizes[:-1]) == {rows}
 
 
 # What moves

@@ -26,6 +26,9 @@ from hyperproto.head import HypersphericalHead, get_heads, require_heads
 from hyperproto.precision import full_precision
 from hyperproto.projection import affine_of, layers_of
 
+#: Samples of a batch. The vectors that L-BFGS keeps come to lie where the last batch's temporaries were: with large
+#: ones the heap grows by about as much at each iteration.
+BATCH_ROWS = 1024
 #: Numbers of a batch of features, and of the cosines of one: 16 MiB.
 BATCH_NUMBERS = 2**22
 
@@ -204,7 +207,7 @@ class _Features:
         self._num_samples = add_up_statistics(heads[0], self._statistics, num_samples)
         self.scatters = [statistics.scatter() for statistics in self._statistics]
         self.batches = [
-            _regroup(own, max(1, BATCH_NUMBERS // max(head.in_features, head.num_classes)))
+            _regroup(own, min(BATCH_ROWS, max(1, BATCH_NUMBERS // max(head.in_features, head.num_classes))))
             for head, own in zip(heads, rows, strict=True)
         ]
 
