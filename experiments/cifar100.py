@@ -49,7 +49,7 @@ RECIPE = "--head etf --loss cross-entropy --lr 0.2 --refit 200"
 METHODS: dict[str, dict[str, str]] = {
     "balanced": {
         "softmax": "--head softmax --lr 0.2 --dim {dim}",
-        "softmax, refitted": "--head softmax --lr 0.2 --dim {dim} --refit 100",
+        "softmax, refitted": "--head softmax --lr 0.2 --dim {dim} --refit 200",
         "softmax at D = 100, then softmax at D": "--head softmax --lr 0.2 --dim 100 --refit 200 --final-dim {dim}",
         "ETF [2]": "--head etf --loss cross-entropy --lr 0.2 --dim {dim}",
         "simplex, refitted": "--head etf --loss cross-entropy --lr 0.2 --dim {dim} --refit 200",
@@ -75,7 +75,7 @@ METHODS: dict[str, dict[str, str]] = {
     },
     "long-tail": {
         "softmax": "--head softmax --lr 0.1 --dim {dim}",
-        "softmax, refitted": "--head softmax --lr 0.1 --dim {dim} --refit 100",
+        "softmax, refitted": "--head softmax --lr 0.1 --dim {dim} --refit 200",
         "ETF + dot regression [2]": "--head etf --loss long-tail --lr 0.1 --dim {dim}",
         "DL2PA as published [1]": "--head dl2pa --bank uniform --start random --momentum 0.95 --loss long-tail "
                                   "--lr 0.1 --dim {dim}",
