@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 import hyperproto
 from hyperproto.fitting.components import principal_components
-from hyperproto.fitting.features import add_up_ranks
+from hyperproto.fitting.features import add_up_ranks, captured_features
 from hyperproto.fitting.lbfgs import Batches, minimise
 from hyperproto.fitting.statistics import FeatureStatistics
 from hyperproto.projection import affine_of
@@ -316,9 +316,9 @@ def free_class_vectors(args: argparse.Namespace, in_features: int, dim: int, ind
 
 def check_final_head(args: argparse.Namespace, num_heads: int) -> None:
     """Stop if the model cannot get the final head."""
-    if args.final_bank not in (None, "class-vectors"):
+    if args.final_dim is None or args.final_bank not in (None, "class-vectors"):
         return
-    if args.final_dim is not None and args.final_dim > args.num_classes:
+    if args.final_dim > args.num_classes:
         sys.exit(f"--final-dim of class vectors is at most the number of classes, {args.num_classes}.")
     if args.final_bank and num_heads > 1:
         sys.exit(f"--final-bank class-vectors is for models with one classifier; {args.model} has {num_heads}.")
@@ -496,23 +496,19 @@ class Trainer:
     def features(self) -> dict[str, Batches]:
         """What reaches each projection of free class vectors from the training images as they are, with labels."""
         model = self.evaluated_model()
-        rows: dict[str, list[Tensor]] = {name: [] for name in self.heads}
-        hooks = [
-            model.get_submodule(name).projection.register_forward_pre_hook(
-                lambda projection, inputs, name=name: rows[name].append(inputs[0].float())
-            )
-            for name in self.heads
-        ]
-        _, labels = self.predict(model, self.loaders.fit)
-        for hook in hooks:
-            hook.remove()
-        return {
-            name: list(zip(kept, labels.to(self.device).split([len(batch) for batch in kept]), strict=True))
-            for name, kept in rows.items()
-        }
+        projections = [model.get_submodule(name).projection for name in self.heads]
+        with captured_features(model, projections) as captured:
+            _, labels = self.predict(model, self.loaders.fit)
+        batches: dict[str, Batches] = {}
+        for index, name in enumerate(self.heads):
+            rows = [features for each, features in captured if each == index]
+            own = labels.to(self.device).split([len(batch) for batch in rows])
+            batches[name] = list(zip(rows, own, strict=True))
+        return batches
 
     def fit_softmax(self, head: FreeClassVectors, batches: Batches) -> None:
-        """Fit projection, class vectors and bias by cross-entropy."""
+        """Fit projection, class vectors and bias by cross-entropy; batch norm keeps its running statistics."""
+        head.eval()
 
         def loss(rows: Tensor, labels: Tensor) -> Tensor:
             return F.cross_entropy(head(rows), labels, reduction="none")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperproto.errors import ArgumentError, ShapeError
+from hyperproto.fitting.features import eval_mode
 from hyperproto.head import HypersphericalHead, require_heads
 from hyperproto.targets import check_target
 
@@ -65,11 +66,9 @@ def fit_logit_scale(model: nn.Module, loader: Iterable[Any]) -> float:
 @torch.no_grad()
 def _collect_cosines(model: nn.Module, head: HypersphericalHead, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
     """(N, C) cosines and the targets of a whole loader, on the CPU."""
-    modes = {module: module.training for module in model.modules()}
     device = head.assignment.device
     cosines, targets = [], []
-    model.eval()
-    try:
+    with eval_mode(model):
         for images, target, *_ in loader:
             output = model(images.to(device))
             if not isinstance(output, Tensor) or output.dim() != 2:
@@ -77,9 +76,6 @@ def _collect_cosines(model: nn.Module, head: HypersphericalHead, loader: Iterabl
             check_target(target, len(output), head.num_classes)
             cosines.append((output.float() / head.logit_scale).cpu())
             targets.append(target.cpu())
-    finally:
-        for module, training in modes.items():
-            module.training = training
     if not cosines or not sum(map(len, cosines)):
         raise ArgumentError("the loader gave no samples: the scale needs held-out data to be fitted on.")
     gathered = torch.cat(cosines).double()

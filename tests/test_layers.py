@@ -26,8 +26,8 @@ LAYERS = [
     "assigner",
     "losses",
     "conversion",
-    "calibration",
     "fitting",
+    "calibration",
     "testing",
 ]
 

@@ -5,6 +5,7 @@ import io
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 from clouds import assert_same_state, batched, clouds, make_head, normal
@@ -215,7 +216,6 @@ def test_what_is_bound_to_a_refitted_head_goes_on():
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "deit_tiny_distilled_patch16_224", "resnetv2_50"])
 def test_models_of_timm(name):
-    timm = pytest.importorskip("timm")
     options = {"img_size": 64} if "deit" in name else {}
     options |= {"layers": (1, 1, 1, 1), "channels": (16, 24, 32, 40)} if "v2" in name else {}
     model = convert_model(timm.create_model(name, num_classes=4, **options), dim=4, bank="simplex")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -34,7 +34,7 @@ def feed_features(
     device = heads[0].assignment.device
     model = _unwrapped(model)
     num_samples = 0
-    with _captured_features(model, heads) as captured:
+    with captured_features(model, [head.projection for head in heads]) as captured:
         for inputs, target, *_ in loader:
             target = target.cpu()
             check_target(target, len(inputs), heads[0].num_classes)
@@ -49,6 +49,27 @@ def feed_features(
                     "there are no features to fit them to. Pass the model whose forward pass ends in the head."
                 )
     return num_samples
+
+
+@contextmanager
+def captured_features(model: nn.Module, projections: Sequence[nn.Module]) -> Iterator[list[tuple[int, Tensor]]]:
+    """A list that the model's forward passes fill with what reaches each projection, by its number; in eval mode."""
+    captured: list[tuple[int, Tensor]] = []
+
+    def keep(index: int, projection: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        # Without a projection it is directions that count.
+        rows = normalise(arguments[0]) if isinstance(projection, nn.Identity) else arguments[0]
+        captured.append((index, rows.float()))
+
+    # At the projection, where features are rows (N, in_features) whatever the layout of the head.
+    hooks = [each.register_forward_pre_hook(partial(keep, index)) for index, each in enumerate(projections)]
+    try:
+        # A compiled model would not see the hooks, and a loader draws its seed from the global generator.
+        with eval_mode(model), torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
+            yield captured
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
@@ -106,24 +127,3 @@ def _target_of_rows(target: Tensor, num_rows: int) -> Tensor:
     if rest:
         raise ShapeError(f"expected features of {len(target)} samples at the head, as many as targets, got {num_rows}.")
     return target.repeat_interleave(positions, dim=0)
-
-
-@contextmanager
-def _captured_features(model: nn.Module, heads: tuple[HypersphericalHead, ...]) -> Iterator[list[tuple[int, Tensor]]]:
-    """A list that the model's forward passes fill with features by head, all in eval mode."""
-    captured: list[tuple[int, Tensor]] = []
-
-    def keep(index: int, projection: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        # Without a projection it is directions that count.
-        rows = normalise(arguments[0]) if isinstance(projection, nn.Identity) else arguments[0]
-        captured.append((index, rows.float()))
-
-    # At the projection, where features are rows (N, in_features) whatever the layout of the head.
-    hooks = [head.projection.register_forward_pre_hook(partial(keep, index)) for index, head in enumerate(heads)]
-    try:
-        # A compiled model would not see the hooks, and a loader draws its seed from the global generator.
-        with eval_mode(model), torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
-            yield captured
-    finally:
-        for hook in hooks:
-            hook.remove()

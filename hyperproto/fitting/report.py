@@ -21,8 +21,8 @@ class HeadFit:
         similarity: mean over the labels seen of the cosine between the label's embedded mean feature and its
             prototype, in [-1, 1].
         accuracy: share in [0, 1] of the samples to which the fitted head (the first, where a model has several) gives
-            their own label, or that of their largest soft target. Training accuracy; of many samples, that of a
-            random draw.
+            their own label, or that of their largest soft target. Training accuracy; `fit_head` measures that of many
+            samples on a random draw.
         num_samples: samples seen, on all ranks.
         unseen: labels without a sample, ascending.
     """
