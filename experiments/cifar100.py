@@ -38,7 +38,7 @@ SEEDS = {"balanced": (0, 1, 2), "banks": (0, 1, 2), "ablation": (0,), "long-tail
 DIMS = {"balanced": (100, 50, 25, 10), "banks": (50,), "ablation": (100,), "long-tail": (100,), "published": (128,)}
 #: Methods whose heads have no fewer dimensions than classes.
 WIDE = ("ETF [2]", "simplex, refitted")
-#: Of a suite, another one that has trainings on the same data.
+#: Of a suite, another one whose data and budget it has, and whose trainings serve it.
 TRAINED_IN = {"banks": "balanced", "ablation": "balanced"}
 
 #: Training towards the simplex, and the refit.
@@ -52,15 +52,14 @@ METHODS: dict[str, dict[str, str]] = {
         "softmax, refitted": "--head softmax --lr 0.2 --dim {dim} --refit 200",
         "softmax at D = 100, then softmax at D": "--head softmax --lr 0.2 --dim 100 --refit 200 --final-dim {dim}",
         "ETF [2]": "--head etf --loss cross-entropy --lr 0.2 --dim {dim}",
-        "simplex, refitted": "--head etf --loss cross-entropy --lr 0.2 --dim {dim} --refit 200",
-        "simplex, then class-vector prototypes":
-            "--head etf --loss cross-entropy --lr 0.2 --dim 100 --refit 200 --final-dim {dim}",
+        "simplex, refitted": f"{RECIPE} --dim {{dim}}",
+        "simplex, then class-vector prototypes": f"{RECIPE} --dim 100 --final-dim {{dim}}",
         "HPN, static [3]": "--head hpn --loss balanced --reduction sum --lr 0.05 --dim {dim}",
         "DL2PA as published [1]": "--head dl2pa --bank uniform --start random --momentum 0.95 --loss balanced "
                                   "--reduction sum --lr 0.05 --dim {dim}",
     },
     "banks": {
-        bank: f"--head etf --loss cross-entropy --lr 0.2 --dim 100 --refit 200 --final-dim {{dim}} --final-bank {bank}"
+        bank: f"{RECIPE} --dim 100 --final-dim {{dim}} --final-bank {bank}"
         for bank in ("orthoplex", "separated", "hpn", "uniform", "random")
     },
     "ablation": {
@@ -91,8 +90,6 @@ METHODS: dict[str, dict[str, str]] = {
 # fmt: on
 BUDGET = {
     "balanced": "--model cifar_resnet20 --epochs 10 --projection linear+bn",
-    "banks": "--model cifar_resnet20 --epochs 10 --projection linear+bn",
-    "ablation": "--model cifar_resnet20 --epochs 10 --projection linear+bn",
     "long-tail": "--model cifar_resnet20 --epochs 20 --projection linear+bn --mixup 1.0",
     # The data are long-tailed already.
     "published": "--preset cifar100-lt --imbalance 1.0",
@@ -101,6 +98,7 @@ BUDGET = {
 
 def runs(suite: str) -> Iterator[tuple[str, list[str]]]:
     """Name of the method and flags of train.py of each run, the most telling first."""
+    budget = BUDGET[TRAINED_IN.get(suite, suite)]
     for seed in SEEDS[suite]:
         for dim in DIMS[suite]:
             for method, template in METHODS[suite].items():
@@ -108,7 +106,7 @@ def runs(suite: str) -> Iterator[tuple[str, list[str]]]:
                 none_fewer = "--dim 100" in template and dim >= NUM_CLASSES  # than in training
                 if without_simplex or none_fewer:
                     continue
-                yield method, shlex.split(f"{BUDGET[suite]} {template.format(dim=dim)} --seed {seed}")
+                yield method, shlex.split(f"{budget} {template.format(dim=dim)} --seed {seed}")
 
 
 def output_of(suite: str, flags: list[str]) -> Path:
