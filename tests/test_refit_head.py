@@ -29,6 +29,7 @@ from hyperproto import (
     compress_head,
     convert_model,
     describe,
+    fit_head,
     get_heads,
     refit_head,
     restore_model,
@@ -524,3 +525,29 @@ def test_ranks_agree_bit_for_bit_and_with_one_process():
     alone = fit_on_rank(0, 1)
     for name, value in alone.items():
         torch.testing.assert_close(first[name], value, atol=5e-3, rtol=5e-3)
+
+
+def fit_after_training_on_rank(rank: int) -> list[dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    features, labels = overlapping()
+    states = []
+    for fit in (fit_head, refit_head, lambda model, loader: compress_head(model, loader, dim=3)):
+        model = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 6))
+        convert_model(model, dim=6, bank="simplex", classifier="1")
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        mine = slice(rank, None, 2)
+        wrapped(features[mine] * (1 + rank))  # from here on each rank has running statistics of its own
+        model[0].assigner = DynamicAssigner(model)
+        model[0].assigner.class_means.fill_(rank)
+        fit(model, batched(features[mine], labels[mine]))
+        states.append(dict(model.state_dict()))
+    return states
+
+
+def test_ranks_whose_running_statistics_differ_fit_the_model_of_the_first():
+    for first, second in zip(*run_on_ranks(fit_after_training_on_rank, 2), strict=True):
+        for name, value in first.items():
+            if name == "0.assigner.class_means":  # of each rank's own data
+                assert (value == 0).all() and (second[name] == 1).all()
+            else:
+                assert torch.equal(value, second[name]), name

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hyperproto.assigner import DynamicAssigner
 from hyperproto.errors import ArgumentError, HeadNotFoundError, ShapeError
 from hyperproto.fitting.statistics import FeatureStatistics
 from hyperproto.geometry import normalise
@@ -26,6 +27,8 @@ def feed_features(
     model: nn.Module, heads: tuple[HypersphericalHead, ...], loader: Iterable[Any], consume: Consumer
 ) -> int:
     """Give `consume` what the model's heads project, batch by batch, in eval mode; the number of samples.
+
+    Under torch.distributed the features of all ranks are those of one model: see `captured_features`.
 
     Raises:
         HeadNotFoundError: the model does not call all of its heads.
@@ -53,7 +56,11 @@ def feed_features(
 
 @contextmanager
 def captured_features(model: nn.Module, projections: Sequence[nn.Module]) -> Iterator[list[tuple[int, Tensor]]]:
-    """A list that the model's forward passes fill with what reaches each projection, by its number; in eval mode."""
+    """A list that the model's forward passes fill with what reaches each projection, by its number; in eval mode.
+
+    Under torch.distributed all ranks get rank 0's buffers first, as in a forward pass of DistributedDataParallel: each
+    has running statistics of its own since the last one, and would fit a head to features of another model.
+    """
     captured: list[tuple[int, Tensor]] = []
 
     def keep(index: int, projection: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -61,6 +68,7 @@ def captured_features(model: nn.Module, projections: Sequence[nn.Module]) -> Ite
         rows = normalise(arguments[0]) if isinstance(projection, nn.Identity) else arguments[0]
         captured.append((index, rows.float()))
 
+    _share_buffers(model)
     # At the projection, where features are rows (N, in_features) whatever the layout of the head.
     hooks = [each.register_forward_pre_hook(partial(keep, index)) for index, each in enumerate(projections)]
     try:
@@ -86,7 +94,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 def add_up_ranks(tensors: list[Tensor], device: torch.device) -> None:
     """Sum each tensor over the ranks, in place and in one collective; they may lie on another device."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not _has_ranks():
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors]).to(device)
     dist.all_reduce(flat)
@@ -105,6 +113,22 @@ def add_up_statistics(head: HypersphericalHead, statistics: list[FeatureStatisti
     if float(samples) == 0.0:
         raise ArgumentError("the loader gave no samples: a head needs data to be fitted to.")
     return int(samples)
+
+
+def _has_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _share_buffers(model: nn.Module) -> None:
+    """Copy rank 0's buffers to all ranks, but for assigners, whose means are of each rank's own data."""
+    if not _has_ranks():
+        return
+    assigners = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, DynamicAssigner))
+    for name, buffer in model.named_buffers():
+        if not name.startswith(assigners):
+            shared = buffer.contiguous()
+            dist.broadcast(shared, src=0)
+            buffer.copy_(shared)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

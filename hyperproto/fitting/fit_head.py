@@ -47,8 +47,9 @@ def fit_head(model: nn.Module, loader: Iterable[Any]) -> HeadFit:
     - "linear": without the intercept. "none": only the assignment is chosen, by the mean embeddings.
     - Several heads in one model: the first one chooses the assignment, each gets a projection of its own.
     - Labels that the loader does not have keep their prototype unless a seen label needs it.
-    - Under torch.distributed every rank must call it, each with its share of the data, before fully_shard:
-      statistics are summed over the ranks, and all arrive at the same head.
+    - Under torch.distributed every rank must call it, each with its share of the data, before fully_shard: all ranks
+      take rank 0's buffers, as DistributedDataParallel does, statistics are summed over the ranks, and all arrive at
+      the same head.
 
     The projection's weights get the length of fresh ones, whatever the scale of the features. An optimiser that has
     taken steps already still has momentum of the old projection: `optimizer.state.pop(parameter, None)` for the

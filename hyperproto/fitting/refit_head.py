@@ -47,7 +47,8 @@ def refit_head(model: nn.Module, loader: Iterable[Any], *, scale: float = 16.0, 
     Memory: all features, 4 N F bytes, and 200 copies of a projection, where the head is. Modes, hooks, gradients and
     the global generator are as before afterwards; batch norm keeps its running statistics. The heads' `logit_scale`
     becomes `scale`; `fit_logit_scale` on held-out data finds a better one. Several heads in one model are fitted one by
-    one. Under torch.distributed every rank must call it, each with its share of the data, before fully_shard.
+    one. Under torch.distributed every rank must call it, each with its share of the data, before fully_shard; all take
+    rank 0's buffers first, as DistributedDataParallel does, and arrive at the same head.
 
     Args:
         model: a converted model, bare or wrapped, or a head (whose inputs the batches are then).
