@@ -18,10 +18,13 @@ from torch.utils.data import Dataset
 
 #: Longest side of images that are kept in memory.
 LARGEST_IN_MEMORY = 64
+TORCHVISION_DATASETS = ("cifar10", "cifar100", "svhn", "stl10")
+#: Where timm's `create_dataset` finds data sets with an index.
+TIMM_PREFIXES = ("torch/", "hfds/")
 
 
 def seed_for(*entropy: int) -> int:
-    """One seed from a few numbers; other numbers give another one."""
+    """One seed from a few numbers; zeros at their end count for nothing."""
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
@@ -47,6 +50,7 @@ class TensorLoader:
         augment_seed: None to run through the images in order, as they are.
         rank, world_size: this process and the number of processes that share the augmented images.
         padding: black pixels around an image, of which crops take a part.
+        flip: mirror half of the augmented images.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class TensorLoader:
         rank: int = 0,
         world_size: int = 1,
         padding: int = 4,
+        flip: bool = True,
     ) -> None:
         self.height, self.width = split.images.shape[1:3]
         self.padding = 0 if augment_seed is None else padding
@@ -68,6 +73,7 @@ class TensorLoader:
         self.labels = torch.from_numpy(split.labels).to(device)
         self.batch_size = batch_size
         self.augment_seed = augment_seed
+        self.flip = flip
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
         # Repeated for a row of pixels: over an innermost dimension of 3 the arithmetic is not vectorised.
@@ -94,7 +100,7 @@ class TensorLoader:
         count, num_shifts = len(self.labels), 2 * self.padding + 1
         order = torch.randperm(count, generator=generator)
         shifts = torch.randint(num_shifts, (2, count), generator=generator)
-        mirrored = torch.randint(2, (1, count), generator=generator)
+        mirrored = torch.randint(2, (1, count), generator=generator) * self.flip
         draws = torch.cat([order[None], shifts, mirrored])[:, self.rank :: self.world_size].to(self.labels.device)
         for batch in draws.split(self.batch_size, dim=1)[: len(self)]:
             chosen, tops, lefts, flips = batch  # (B,) each
@@ -148,25 +154,49 @@ class Loaders:
 
 
 def read_splits(
-    dataset: str, folder: Path, *, download: bool, decoded: bool, cache: Path | None
+    dataset: str,
+    folder: Path,
+    *,
+    decoded: bool,
+    cache: Path | None = None,
+    download: bool = False,
+    test_split: str | None = None,
+    target_key: str | None = None,
 ) -> tuple[Split, Split]:
     """Training and test set; decoded into memory at once, or image by image when they are used."""
+    source = {"dataset": dataset, "folder": str(folder.resolve()), "test": test_split, "target": target_key}
     if cache is not None and cache.is_file():
-        (train_images, train_labels), (test_images, test_labels) = torch.load(cache)
-        return Split(train_images, train_labels.numpy()), Split(test_images, test_labels.numpy())
-    train, test = (open_split(dataset, folder, is_train, download) for is_train in (True, False))
+        kept = torch.load(cache)
+        if kept["source"] != source:
+            sys.exit(f"expected the images of {source} in {cache}, got those of {kept['source']}: choose another file.")
+        return tuple(Split(images, labels.numpy()) for images, labels in kept["splits"])
+    train, test = (
+        open_split(dataset, folder, is_train, download=download, test_split=test_split, target_key=target_key)
+        for is_train in (True, False)
+    )
+    shared = paths_of(train.images) & paths_of(test.images)
+    if shared:
+        sys.exit(f"training and test set in {folder} share {len(shared)} images.")
     if getattr(train.images, "classes", None) != getattr(test.images, "classes", None):
         sys.exit(f"training and test set in {folder} have different classes.")
     if not decoded:
         return train, test
     train, test = decode(train), decode(test)
     if cache is not None:
-        save_atomically([(split.images, torch.from_numpy(split.labels)) for split in (train, test)], cache)
+        splits = [(split.images, torch.from_numpy(split.labels)) for split in (train, test)]
+        save_atomically({"source": source, "splits": splits}, cache)
     return train, test
 
 
-def open_split(dataset: str, folder: Path, train: bool, download: bool) -> Split:
-    """A data set by name: "folder", one of torchvision's, or one that timm's `create_dataset` knows."""
+def paths_of(opened: Any) -> set[str]:
+    """Files of a data set's images, where each has one."""
+    return {path for path, _ in getattr(opened, "samples", [])}
+
+
+def open_split(
+    dataset: str, folder: Path, train: bool, *, download: bool, test_split: str | None, target_key: str | None
+) -> Split:
+    """A data set by name: "folder", one of torchvision's, or one with an index that timm's `create_dataset` knows."""
     if dataset == "folder":
         names = ["train"] if train else ["test", "val", "validation"]
         found = [folder / name for name in names if (folder / name).is_dir()]
@@ -176,12 +206,13 @@ def open_split(dataset: str, folder: Path, train: bool, download: bool) -> Split
     elif dataset in ("cifar10", "cifar100"):
         kind = getattr(torchvision.datasets, dataset.upper())
         opened = kind(str(folder), train=train, download=download)
-    elif dataset in ("svhn", "stl10"):
+    elif dataset in TORCHVISION_DATASETS:
         kind = getattr(torchvision.datasets, dataset.upper())
         opened = kind(str(folder), split="train" if train else "test", download=download)
     else:
-        split = "train" if train else "validation"
-        opened = create_dataset(dataset, str(folder), split=split, is_training=train, download=download)
+        split = "train" if train else test_split or "validation"
+        target = {"target_key": target_key} if target_key else {}
+        opened = create_dataset(dataset, str(folder), split=split, is_training=train, download=download, **target)
     return Split(opened, np.asarray(labels_of(opened, dataset), dtype=np.int64))
 
 
@@ -228,7 +259,7 @@ def keep_long_tail(split: Split, imbalance: float) -> Split:
 
 
 def split_holdout(labels: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the samples to train on, and of `share` of each class, held out; the same in every run."""
+    """Indices of the samples to train on, and of `share` of each class, rounded, held out; the same in every run."""
     generator = np.random.default_rng(0)
     held_out = np.zeros(len(labels), dtype=bool)
     for label in range(labels.max() + 1):

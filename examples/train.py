@@ -1,6 +1,6 @@
 """Train an image classifier with fixed hyperspherical prototypes, or with softmax at the same bottleneck.
 
-    python examples/train.py DATA --preset recipe --final-dim 50 --model cifar_resnet20 --results results.jsonl
+    python examples/train.py DATA --final-dim 50 --results results.jsonl
     python examples/train.py DATA --preset cifar100-balanced
     torchrun --nproc-per-node 8 -- examples/train.py DATA --preset imagenet
 
@@ -28,6 +28,8 @@ import torch.distributed as dist
 import torchvision
 from _cifar_resnet import CifarResNet
 from _data import (
+    TIMM_PREFIXES,
+    TORCHVISION_DATASETS,
     Loaders,
     Split,
     TensorLoader,
@@ -38,6 +40,8 @@ from _data import (
     read_splits,
     save_atomically,
     seed_for,
+    select,
+    split_holdout,
 )
 from scipy.optimize import minimize_scalar
 from timm.data import Mixup, create_loader, resolve_data_config
@@ -55,13 +59,9 @@ from hyperproto.fitting.lbfgs import Batches, minimise
 from hyperproto.fitting.statistics import FeatureStatistics
 from hyperproto.projection import affine_of
 
-#: What docs/results.md found to work, and published settings; flags given on the command line override them.
-#: docs/training.md says where we differ from what was published.
+#: Published settings; flags given on the command line override them, and docs/training.md says where we differ. The
+#: defaults are the recipe of docs/results.md.
 PRESETS: dict[str, dict[str, Any]] = {
-    "recipe": {
-        "head": "etf", "projection": "linear+bn", "loss": "cross-entropy", "refit": 200, "optimizer": "sgd", "lr": 0.2,
-        "schedule": "one-cycle",
-    },
     "cifar100-balanced": {
         "model": "cifar_resnet32", "width": 16, "head": "dl2pa", "dim": 50, "projection": "linear", "bank": "uniform",
         "start": "random", "momentum": 0.95, "loss": "balanced", "reduction": "sum", "epochs": 250, "batch_size": 128,
@@ -113,16 +113,22 @@ def build_parser() -> argparse.ArgumentParser:
     data = parser.add_argument_group("data")
     data.add_argument("data", type=Path, help="folder of the data set")
     data.add_argument("--dataset", default="folder",
-                      help="folder, cifar10, cifar100, svhn, stl10, or a name of timm's create_dataset, as hfds/NAME")
+                      help="folder, cifar10, cifar100, svhn, stl10, or a name of timm's create_dataset: hfds/NAME or "
+                      "torch/NAME")
+    data.add_argument("--test-split", metavar="NAME", help="of hfds/ and torch/ data sets (default: validation)")
+    data.add_argument("--target-key", metavar="NAME", help="of the labels in an hfds/ data set (default: label)")
     data.add_argument("--download", action="store_true", help="let torchvision or timm fetch the data set")
     data.add_argument("--image-size", type=int,
                       help="random resized crops and flips to this size, by timm. Without it: images of one size up to "
                       "64 px, kept in memory, cropped from a black frame of 4 px and flipped")
+    data.add_argument("--no-flip", action="store_const", const=True, help="do not mirror images, as for digits")
     data.add_argument("--cache", type=Path, help="file that keeps the decoded images in memory from run to run")
     data.add_argument("--imbalance", type=float, default=1.0,
                       help="class c of C keeps the first n_max * imbalance ** (c / (C - 1)) training images")
     data.add_argument("--holdout", type=float, default=0.02,
                       help="share of each class's training images that only the temperature is fitted on; 0: none")
+    data.add_argument("--validation", type=float, metavar="SHARE",
+                      help="so many of each class's training images take the place of the test set: to choose settings")
     data.add_argument("--workers", type=int, default=8, help="processes that load images, with --image-size")
 
     model = parser.add_argument_group("model and head")
@@ -132,7 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE",
                        help="more arguments of the model's constructor")
     model.add_argument("--pretrained", action="store_true", help="start from timm's weights")
-    model.add_argument("--head", choices=("softmax", "etf", "hpn", "dl2pa"), default="dl2pa",
+    model.add_argument("--head", choices=("softmax", "etf", "hpn", "dl2pa"), default="etf",
                        help="class vectors that train, a fixed simplex, fixed HPN prototypes, or any bank, assigned")
     model.add_argument("--dim", type=int,
                        help="of the embeddings; for softmax that of a bottleneck (default: none); "
@@ -150,7 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--refit", type=int,
                        help="after the last epoch: iterations of L-BFGS that fit the projection (for softmax: and the "
                        "class vectors) to the features of the training images as they are, without crops and flips, "
-                       "all classes alike")
+                       "all classes alike; 0: none (default: 200 for prototypes with --loss cross-entropy, else none)")
     model.add_argument("--final-dim", type=int,
                        help="with --refit: dimension of a head that takes the place of the trained one after the last "
                        "epoch; its class vectors are fitted as well, and for prototypes fixed then")
@@ -166,7 +172,7 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--epochs", type=int, default=20, help="passes over the training images")
     training.add_argument("--batch-size", type=int, default=128, help="of each process")
     training.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="what takes the steps")
-    training.add_argument("--lr", type=float, default=0.1, help="the largest learning rate")
+    training.add_argument("--lr", type=float, help="the largest learning rate (default: 0.2 for sgd, 1e-3 for adamw)")
     training.add_argument("--sgd-momentum", type=float, default=0.9, help="of the gradients")
     training.add_argument("--nesterov", action="store_true", help="for sgd")
     training.add_argument("--weight-decay", type=float, default=5e-4,
@@ -219,14 +225,24 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**preset)
         args = parser.parse_args(argv)
     softmax = args.head == "softmax"
+    if args.refit is None and not softmax and args.loss == "cross-entropy":
+        args.refit = 200 if args.projection != "none" and not args.label_smoothing else None
+    args.refit = args.refit or None
     checks = {
         "--head softmax trains with --loss cross-entropy": softmax and args.loss != "cross-entropy",
         "--head softmax has no --start": softmax and args.start != "none",
         "--bank and --assignment are for --head dl2pa": args.head != "dl2pa" and (args.bank or args.assignment),
         "--label-smoothing is for --loss cross-entropy": args.label_smoothing and args.loss != "cross-entropy",
+        "--dataset is folder, a name of torchvision's, or begins with hfds/ or torch/": args.dataset
+        not in ("folder", *TORCHVISION_DATASETS)
+        and not args.dataset.startswith(TIMM_PREFIXES),
+        "--test-split is for hfds/ and torch/ data sets": args.test_split
+        and not args.dataset.startswith(TIMM_PREFIXES),
+        "--target-key is for hfds/ data sets": args.target_key and not args.dataset.startswith("hfds/"),
         "--imbalance must lie in (0, 1]": not 0.0 < args.imbalance <= 1.0,
         "--holdout must lie in [0, 1)": not 0.0 <= args.holdout < 1.0,
-        "--refit must be at least 1, with a --projection, for softmax with a --dim": args.refit is not None
+        "--validation must lie in (0, 1)": args.validation is not None and not 0.0 < args.validation < 1.0,
+        "--refit must be at least 0, with a --projection, for softmax with a --dim": args.refit is not None
         and (args.refit < 1 or args.projection == "none" or (softmax and args.dim is None)),
         "--refit is for --loss cross-entropy, without --label-smoothing": args.refit is not None
         and (args.loss != "cross-entropy" or args.label_smoothing),
@@ -246,6 +262,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.bank = {"softmax": "random", "etf": "simplex", "hpn": "hpn"}.get(args.head, args.bank or "auto")
     if args.final_dim is not None and not softmax:
         args.final_bank = args.final_bank or "class-vectors"
+    if args.lr is None:
+        args.lr = {"sgd": 0.2, "adamw": 1e-3}[args.optimizer]
     args.assignment = args.assignment or ("dynamic" if args.head == "dl2pa" else "static")
     if args.warmup_epochs is None:
         args.warmup_epochs = 0.3 * args.epochs if args.schedule == "one-cycle" else 0.0
@@ -315,11 +333,14 @@ def free_class_vectors(args: argparse.Namespace, in_features: int, dim: int, ind
 
 
 def check_final_head(args: argparse.Namespace, num_heads: int) -> None:
-    """Stop if the model cannot get the final head."""
-    if args.final_dim is None or args.final_bank not in (None, "class-vectors"):
+    """Stop if the model cannot get the final head, before all epochs are spent."""
+    if args.final_dim is None:
         return
-    if args.final_dim > args.num_classes:
-        sys.exit(f"--final-dim of class vectors is at most the number of classes, {args.num_classes}.")
+    if args.final_bank not in (None, "class-vectors"):
+        hyperproto.PrototypeBank(args.num_classes, args.final_dim, method=args.final_bank, seed=args.seed)
+        return
+    if not 2 <= args.final_dim <= args.num_classes:
+        sys.exit(f"--final-dim of class vectors is from 2 to the number of classes, {args.num_classes}.")
     if args.final_bank and num_heads > 1:
         sys.exit(f"--final-bank class-vectors is for models with one classifier; {args.model} has {num_heads}.")
 
@@ -334,6 +355,25 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     return timm.create_model(args.model, pretrained=args.pretrained, num_classes=args.num_classes, **args.model_kwargs)
 
 
+def read_data(args: argparse.Namespace) -> tuple[Split, Split]:
+    """Training and test set; the first process of each machine fetches them before the others look."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if dist.is_initialized() and not first:
+        dist.barrier()
+    splits = read_splits(
+        args.dataset,
+        args.data,
+        decoded=args.image_size is None,
+        cache=args.cache,
+        download=args.download and first,
+        test_split=args.test_split,
+        target_key=args.target_key,
+    )
+    if dist.is_initialized() and first:
+        dist.barrier()
+    return splits
+
+
 def build_loaders(
     args: argparse.Namespace, train: Split, test: Split, model: nn.Module, device: torch.device
 ) -> Loaders:
@@ -342,8 +382,9 @@ def build_loaders(
         mean, std = pixel_statistics(train.images)
 
         def make(split: Split, augment: bool) -> Any:
-            augmentation = {"augment_seed": args.seed, "rank": rank(), "world_size": world_size()} if augment else {}
-            return TensorLoader(split, args.batch_size, mean, std, device, **augmentation)
+            augmentation = {"augment_seed": args.seed, "flip": not args.no_flip}
+            augmentation |= {"rank": rank(), "world_size": world_size()}
+            return TensorLoader(split, args.batch_size, mean, std, device, **augmentation if augment else {})
 
     else:
         config = resolve_data_config({"input_size": (3, args.image_size, args.image_size)}, model=model)
@@ -355,6 +396,7 @@ def build_loaders(
                 batch_size=args.batch_size,
                 is_training=augment,
                 color_jitter=0.0,
+                hflip=0.0 if args.no_flip else 0.5,
                 distributed=augment and world_size() > 1,
                 num_workers=args.workers,
                 # The workers of each epoch are seeded by that epoch.
@@ -411,11 +453,13 @@ class Trainer:
         heads: dotted names of the layers in the place of the model's classifiers, if there are any.
         free: whether these are free class vectors behind a projection.
         history: what each epoch did.
+        assign_interval: batches between assignment steps.
     """
 
     def __init__(self, args: argparse.Namespace, model: nn.Module, loaders: Loaders, device: torch.device) -> None:
         self.args, self.model, self.loaders, self.device = args, model, loaders, device
         self.history: list[dict[str, Any]] = []
+        self.assign_interval = max(1, round(args.assign_every * len(loaders.train)))
         self.mixup = Mixup(args.mixup, label_smoothing=0.0, num_classes=args.num_classes) if args.mixup else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
         self.heads: list[str] = []
@@ -441,12 +485,22 @@ class Trainer:
         else:
             if args.assignment == "dynamic":
                 self.assigner = hyperproto.DynamicAssigner(model, momentum=args.momentum)
+                self._check_checkpoints()
             self.criterion = build_criterion(args, self.assigner or model)
         self.optimizer = build_optimizer(args, model)
         self.ema = ModelEmaV3(model, decay=args.ema) if args.ema else None
         self.forward: nn.Module = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
         if args.compile:
             self.forward = torch.compile(self.forward)
+
+    def _check_checkpoints(self) -> None:
+        """Stop if checkpoints of the first process would not hold what the others know."""
+        if self.args.output is not None and world_size() > 1 and len(self.loaders.train) % self.assign_interval:
+            sys.exit(
+                f"with several processes and --output an epoch of {len(self.loaders.train)} batches has to end with an "
+                f"assignment step, got one every {self.assign_interval}: between two of them each process has class "
+                "means of its own. Choose --assign-every 1."
+            )
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Lower precision, where chosen."""
@@ -561,7 +615,6 @@ class Trainer:
         set_epoch(loader, epoch)
         self.model.train()
         num_images, moved, total = 0, 0, torch.zeros((), device=self.device)
-        interval = max(1, round(args.assign_every * len(loader)))
         assigning = self.assigner is not None and (args.freeze_epoch is None or epoch < args.freeze_epoch)
         hidden = rank() > 0 or args.quiet or not sys.stderr.isatty()
         for index, (images, labels) in enumerate(tqdm(loader, f"epoch {epoch}", leave=False, disable=hidden)):
@@ -570,7 +623,7 @@ class Trainer:
                 group["lr"] = learning_rate(args, (step + 0.5) / len(loader))
             total += self._train_step(images, labels)
             num_images += len(labels)
-            if assigning and (step + 1) % interval == 0:
+            if assigning and (step + 1) % self.assign_interval == 0:
                 moved += self.assigner.step().changed
         if dist.is_initialized():
             dist.all_reduce(total)
@@ -641,7 +694,7 @@ class Trainer:
     def begin_from(self, path: Path) -> None:
         """Take all epochs from a run that trained the same."""
         state = torch.load(path, map_location=self.device)
-        check_same_run(described(self.args) | dict.fromkeys(AFTER_TRAINING), state["arguments"], path)
+        check_same_run(training_of(described(self.args)), state["arguments"], path)
         if len(state["history"]) != self.args.epochs:
             sys.exit(
                 f"expected {self.args.epochs} epochs in {path}, got {len(state['history'])}. "
@@ -784,6 +837,11 @@ def summarise(trainer: Trainer, class_counts: Tensor) -> dict[str, Any]:
     }
 
 
+def training_of(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Of a run's arguments, those that decide its training."""
+    return {key: value for key, value in arguments.items() if key not in AFTER_TRAINING}
+
+
 def check_same_run(expected: dict[str, Any], arguments: dict[str, Any], place: Path) -> None:
     """Stop if the run to go on with had other arguments than those that this one expects of it."""
     different = [key for key, value in expected.items() if arguments.get(key) != value]
@@ -817,9 +875,10 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     device = start_processes(args.device)
     seed_everything(args.seed)
-    train, test = read_splits(
-        args.dataset, args.data, download=args.download, decoded=args.image_size is None, cache=args.cache
-    )
+    train, test = read_data(args)
+    if args.validation:
+        kept, chosen = split_holdout(train.labels, args.validation)
+        train, test = select(train, kept), select(train, chosen)
     if args.imbalance != 1.0:
         train = keep_long_tail(train, args.imbalance)
     class_counts = torch.bincount(torch.from_numpy(train.labels))

@@ -3,15 +3,16 @@
     python experiments/cifar100.py balanced DATA --jobs 2 --threads 1     # two runs at a time, each on a core
     python experiments/cifar100.py banks DATA --jobs 2 --threads 1        # from the simplex runs of the former
     python experiments/cifar100.py ablation DATA --jobs 2 --threads 1     # the recipe less one part at a time
+    python experiments/cifar100.py selection DATA --jobs 2 --threads 1    # learning rates, on held-out training images
     python experiments/cifar100.py long-tail DATA --list                  # what is done and what is not
     python experiments/cifar100.py published DATA                         # 200 epochs each: for a GPU
     python experiments/tables.py                                          # docs/results.md from all results
 
-DATA is a folder of CIFAR-100's class folders, DATA/train/<class>/*.png and DATA/test/<class>/*.png: 200 training images
-of each class for "balanced", "banks" and "ablation", the 10,847 images of the published profile at imbalance 0.01 for
-"long-tail", the 12,608 of 0.02 for "published". Other flags go to train.py, such as --precision fp32 and --threads 1;
-what they change is rounding. Runs that are interrupted go on where they stopped, and those that train as another one
-did take its epochs from that one's folder.
+DATA is a folder of CIFAR-100's class folders, DATA/train/<class>/*.png and DATA/test/<class>/*.png: the 10,847 images of
+the published profile at imbalance 0.01 for "long-tail", the 12,608 of 0.02 for "published", 200 training images of each
+class for the others. Other flags go to train.py, such as --precision fp32 and --threads 1; what they change is rounding.
+Runs that are interrupted go on where they stopped, and those that train as another one did take its epochs from that
+one's folder.
 """
 
 import argparse
@@ -34,8 +35,22 @@ import train  # noqa: E402
 ROUNDING_ARGUMENTS = ("precision", "channels_last", "compile")
 
 NUM_CLASSES = 100
-SEEDS = {"balanced": (0, 1, 2), "banks": (0, 1, 2), "ablation": (0,), "long-tail": (0, 1, 2), "published": (0,)}
-DIMS = {"balanced": (100, 50, 25, 10), "banks": (50,), "ablation": (100,), "long-tail": (100,), "published": (128,)}
+SEEDS = {
+    "balanced": (0, 1, 2),
+    "banks": (0, 1, 2),
+    "ablation": (0,),
+    "selection": (0,),
+    "long-tail": (0, 1, 2),
+    "published": (0,),
+}
+DIMS = {
+    "balanced": (100, 50, 25, 10),
+    "banks": (50, 25, 10),
+    "ablation": (100,),
+    "selection": (100,),
+    "long-tail": (100,),
+    "published": (128,),
+}
 #: Methods whose heads have no fewer dimensions than classes.
 WIDE = ("ETF [2]", "simplex, refitted")
 #: Of a suite, another one whose data and budget it has, and whose trainings serve it.
@@ -51,11 +66,11 @@ METHODS: dict[str, dict[str, str]] = {
         "softmax": "--head softmax --lr 0.2 --dim {dim}",
         "softmax, refitted": "--head softmax --lr 0.2 --dim {dim} --refit 200",
         "softmax at D = 100, then softmax at D": "--head softmax --lr 0.2 --dim 100 --refit 200 --final-dim {dim}",
-        "ETF [2]": "--head etf --loss cross-entropy --lr 0.2 --dim {dim}",
+        "ETF [2]": "--head etf --loss cross-entropy --lr 0.2 --refit 0 --dim {dim}",
         "simplex, refitted": f"{RECIPE} --dim {{dim}}",
         "simplex, then class-vector prototypes": f"{RECIPE} --dim 100 --final-dim {{dim}}",
         "HPN, static [3]": "--head hpn --loss balanced --reduction sum --lr 0.05 --dim {dim}",
-        "DL2PA as published [1]": "--head dl2pa --bank uniform --start random --momentum 0.95 --loss balanced "
+        "DL2PA [1]": "--head dl2pa --bank uniform --start random --momentum 0.95 --loss balanced "
                                   "--reduction sum --lr 0.05 --dim {dim}",
     },
     "banks": {
@@ -72,11 +87,22 @@ METHODS: dict[str, dict[str, str]] = {
         "training at D = 50: orthoplex, start from the data, dynamic":
             f"{RECIPE} --dim 50 --head dl2pa --bank orthoplex --start data",
     },
+    "selection": {
+        f"{method}, learning rate {lr}": f"--head {head} --lr {lr}"
+        for method, head, rates in (
+            ("softmax", "softmax --dim {dim}", (0.1, 0.2, 0.4)),
+            ("simplex, refitted", "etf --loss cross-entropy --refit 200 --dim {dim}", (0.1, 0.2, 0.4)),
+            ("HPN, static [3]", "hpn --loss balanced --reduction sum --dim 50", (0.02, 0.05, 0.1)),
+            ("DL2PA [1]", "dl2pa --bank uniform --start random --momentum 0.95 --loss balanced --reduction sum "
+             "--dim 50", (0.02, 0.05, 0.1)),
+        )
+        for lr in rates
+    } | {"a start from the data": f"{RECIPE} --dim {{dim}} --start data"},
     "long-tail": {
         "softmax": "--head softmax --lr 0.1 --dim {dim}",
         "softmax, refitted": "--head softmax --lr 0.1 --dim {dim} --refit 200",
         "ETF + dot regression [2]": "--head etf --loss long-tail --lr 0.1 --dim {dim}",
-        "DL2PA as published [1]": "--head dl2pa --bank uniform --start random --momentum 0.95 --loss long-tail "
+        "DL2PA [1]": "--head dl2pa --bank uniform --start random --momentum 0.95 --loss long-tail "
                                   "--lr 0.1 --dim {dim}",
         "simplex at the end": "--head softmax --lr 0.1 --dim {dim} --refit 200 --final-dim {dim} --final-bank simplex",
     },
@@ -90,9 +116,11 @@ METHODS: dict[str, dict[str, str]] = {
 # fmt: on
 BUDGET = {
     "balanced": "--model cifar_resnet20 --epochs 10 --projection linear+bn",
+    # Of the training images alone.
+    "selection": "--model cifar_resnet20 --epochs 10 --projection linear+bn --validation 0.2",
     "long-tail": "--model cifar_resnet20 --epochs 20 --projection linear+bn --mixup 1.0",
-    # The data are long-tailed already.
-    "published": "--preset cifar100-lt --imbalance 1.0",
+    # The data are long-tailed already, and whole.
+    "published": "--preset cifar100-lt --imbalance 1.0 --holdout 0",
 }
 
 
@@ -104,7 +132,8 @@ def runs(suite: str) -> Iterator[tuple[str, list[str]]]:
             for method, template in METHODS[suite].items():
                 without_simplex = method in WIDE and dim < NUM_CLASSES
                 none_fewer = "--dim 100" in template and dim >= NUM_CLASSES  # than in training
-                if without_simplex or none_fewer:
+                no_orthoplex = method == "orthoplex" and dim < NUM_CLASSES / 2
+                if without_simplex or none_fewer or no_orthoplex:
                     continue
                 yield method, shlex.split(f"{budget} {template.format(dim=dim)} --seed {seed}")
 
@@ -126,13 +155,13 @@ def arguments_of(flags: list[str]) -> dict[str, Any]:
 
 
 def trained_epochs(suite: str, flags: list[str]) -> Path | None:
-    """The checkpoint of a run that trained as this one does, if this one goes on after training and there is one."""
+    """The last checkpoint of another run that trained as this one does, if there is one."""
     arguments = arguments_of(flags)
-    training = {key: value for key, value in arguments.items() if key not in train.AFTER_TRAINING}
     place = TRAINED_IN.get(suite, suite)
-    for _, others in runs(place) if training != arguments else ():
-        path = output_of(place, others) / f"epoch{training['epochs']}.pt"
-        if arguments_of(others) == training and path.is_file():
+    for _, others in runs(place):
+        path = output_of(place, others) / f"epoch{arguments['epochs']}.pt"
+        same = train.training_of(arguments_of(others)) == train.training_of(arguments)
+        if same and (place, others) != (suite, flags) and path.is_file():
             return path
     return None
 

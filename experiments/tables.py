@@ -24,7 +24,7 @@ SHORT = (
     ("softmax at D = 100, then softmax at D", 50, "softmax trained at D = 100, refitted in D dimensions"),
     ("simplex, refitted", 100, "**simplex, refitted (recipe)**"),
     ("softmax, refitted", 100, "softmax, refitted"),
-    ("DL2PA as published [1]", 50, "DL2PA with the published bank, loss and matching"),
+    ("DL2PA [1]", 50, "DL2PA with the published bank, loss and matching"),
 )
 
 #: Column of the tables, key of the result lines.

@@ -74,8 +74,8 @@ HEADS = {
     "hpn": ["--head", "hpn", "--dim", "3", "--loss", "balanced", "--reduction", "sum", "--lr", "0.001"],
     "dl2pa": ["--head", "dl2pa", "--dim", "3", "--loss", "balanced", "--start", "random", "--assign-every", "0.5"],
     "dl2pa from data": ["--head", "dl2pa", "--dim", "3", "--start", "data"],
-    "recipe": ["--preset", "recipe"],
-    "recipe in fewer dimensions": ["--preset", "recipe", "--final-dim", "3", "--refit", "20"],
+    "recipe": [],
+    "recipe in fewer dimensions": ["--final-dim", "3", "--refit", "20"],
 }
 
 
@@ -171,7 +171,7 @@ def test_a_final_head_is_made_again_after_a_kill(folder, tmp_path, monkeypatch, 
 def trainer_of(folder, *flags: str) -> Any:
     args = train.parse_arguments([str(folder), *TINY, *flags])
     args.num_classes = NUM_CLASSES
-    splits = data.read_splits("folder", folder, download=False, decoded=True, cache=None)
+    splits = data.read_splits("folder", folder, decoded=True)
     train.seed_everything(0)
     model, device = train.build_model(args), torch.device("cpu")
     return train.Trainer(args, model, train.build_loaders(args, *splits, model, device), device)
@@ -284,8 +284,21 @@ def test_final_heads_that_the_model_cannot_get_are_refused(folder):
     flags = ["--head", "etf", "--refit", "5", "--final-dim"]
     with pytest.raises(SystemExit, match="is for models with one classifier; deit_tiny_distilled_patch16_224 has 2"):
         trainer_of(folder, "--model", "deit_tiny_distilled_patch16_224", *flags, "3")
-    with pytest.raises(SystemExit, match=f"is at most the number of classes, {NUM_CLASSES}"):
-        trainer_of(folder, *flags, str(NUM_CLASSES + 1))
+    for dim in (1, NUM_CLASSES + 1):
+        with pytest.raises(SystemExit, match=f"from 2 to the number of classes, {NUM_CLASSES}"):
+            trainer_of(folder, *flags, str(dim))
+    for dim, bank, match in (("2", "simplex", "simplex"), ("3", "ortoplex", "ortoplex")):
+        with pytest.raises(hyperproto.BankError, match=match):
+            trainer_of(folder, *flags, dim, "--final-bank", bank)
+
+
+def test_several_processes_keep_no_checkpoint_between_assignment_steps(folder, tmp_path, monkeypatch):
+    flags = ["--head", "dl2pa", "--dim", "3", "--assign-every", "2"]
+    trainer_of(folder, *flags, "--output", str(tmp_path))
+    monkeypatch.setattr(train, "world_size", lambda: 2)
+    trainer_of(folder, *flags)
+    with pytest.raises(SystemExit, match="Choose --assign-every 1"):
+        trainer_of(folder, *flags, "--output", str(tmp_path))
 
 
 def test_a_model_with_auxiliary_outputs_is_told_how_to_go_without(folder, tmp_path):
@@ -322,6 +335,49 @@ def test_holdout_takes_its_share_of_each_class():
     training, held_out = data.split_holdout(labels, 0.1)
     assert np.bincount(labels[held_out]).tolist() == [5, 10, 1]
     assert sorted([*training, *held_out]) == list(range(160))
+
+
+def test_settings_are_chosen_on_training_images(folder, tmp_path):
+    # 25 % of 12 images of each class are 3; of the other 9, one is held out for the temperature.
+    result = run(folder, tmp_path / "results.jsonl", "--validation", "0.25")
+    assert result["training_images"] == NUM_CLASSES * 8
+    assert set(result["class_accuracy"]) <= {0.0, 33.33, 66.67, 100.0}
+    other = tmp_path / "other"
+    (other / "train").parent.mkdir()
+    (other / "train").symlink_to(folder / "train")
+    (other / "test").mkdir()
+    for label in range(NUM_CLASSES):  # other test images, which must not matter
+        (other / "test" / f"class{label}").mkdir()
+        Image.new("RGB", (32, 32)).save(other / "test" / f"class{label}" / "0.png")
+    again = run(other, tmp_path / "results.jsonl", "--validation", "0.25")
+    assert again["class_accuracy"] == result["class_accuracy"]
+
+
+def test_images_that_train_and_test_share_are_refused(folder):
+    """timm looks for a folder "validation" or "val", and else takes all of the class folders below."""
+    with pytest.raises(SystemExit, match=f"share {NUM_CLASSES * TRAIN_IMAGES} images"):
+        data.read_splits("torch/image_folder", folder, decoded=True)
+    train_split, test_split = data.read_splits("torch/image_folder", folder, decoded=True, test_split="test")
+    assert (len(train_split.labels), len(test_split.labels)) == (NUM_CLASSES * TRAIN_IMAGES, NUM_CLASSES * TEST_IMAGES)
+
+
+def test_a_cache_serves_its_own_images_alone(folder, tmp_path):
+    cache = tmp_path / "cache.pt"
+    first = data.read_splits("folder", folder, decoded=True, cache=cache)
+    for split, kept in zip(first, data.read_splits("folder", folder, decoded=True, cache=cache), strict=True):
+        assert torch.equal(split.images, kept.images)
+        assert split.labels.tolist() == kept.labels.tolist()
+    with pytest.raises(SystemExit, match="choose another file"):
+        data.read_splits("folder", tmp_path, decoded=True, cache=cache)
+
+
+def test_digits_are_not_mirrored():
+    images = torch.arange(4 * 4 * 3, dtype=torch.uint8).view(1, 4, 4, 3).expand(8, -1, -1, -1)
+    split, ones = data.Split(images, np.arange(8)), torch.ones(3)
+    for flip, kinds in ((True, 2), (False, 1)):
+        loader = data.TensorLoader(split, 8, ones, ones, torch.device("cpu"), augment_seed=0, padding=0, flip=flip)
+        [(batch, _)] = loader
+        assert len(batch.unique(dim=0)) == kinds
 
 
 def test_crops_and_flips_are_those_of_a_padded_image():
@@ -442,15 +498,26 @@ def test_flags_override_the_preset_and_its_head_options_stay_with_its_head():
     assert (etf.bank, etf.assignment, etf.loss) == ("simplex", "static", "long-tail")
 
 
-def test_the_recipe_is_the_row_of_the_results_and_gives_softmax_the_same_budget():
+def test_the_defaults_are_the_recipe_of_the_results_and_give_softmax_the_same_budget():
     flags = ["--model", "cifar_resnet20", "--epochs", "10", "--dim", "100", "--seed", "0", "--device", "cpu"]
     page = (ROOT / "experiments/results/balanced.jsonl").read_text().splitlines()
     for more in ([], ["--final-dim", "50"]):
-        recipe = vars(train.parse_arguments(["DATA", "--preset", "recipe", *flags, *more])) | {"preset": None}
-        expected = {key: value for key, value in recipe.items() if key not in train.LOCAL_ARGUMENTS}
-        assert any(json.loads(line)["arguments"] == expected for line in page)
-    softmax = train.parse_arguments(["DATA", "--preset", "recipe", "--head", "softmax", *flags])
-    assert (softmax.lr, softmax.refit, softmax.bank, softmax.final_bank) == (0.2, 200, "random", None)
+        recipe = train.described(train.parse_arguments(["DATA", *flags, *more]))
+        given = {key: value for key, value in recipe.items() if value is not None}
+        assert any(json.loads(line)["arguments"].items() >= given.items() for line in page)
+    softmax = train.parse_arguments(["DATA", "--head", "softmax", *flags])
+    assert (softmax.lr, softmax.refit, softmax.bank, softmax.final_bank) == (0.2, None, "random", None)
+
+
+def test_defaults_follow_from_what_is_given():
+    def refit(*flags: str) -> int | None:
+        return train.parse_arguments(["DATA", *flags]).refit
+
+    assert refit() == refit("--head", "dl2pa", "--dim", "3") == 200
+    assert refit("--refit", "7") == 7
+    pulled, smoothed = ("--head", "dl2pa", "--loss", "balanced"), ("--label-smoothing", "0.1")
+    assert refit("--refit", "0") is refit(*pulled) is refit(*smoothed) is refit("--projection", "none") is None
+    assert train.parse_arguments(["DATA", "--optimizer", "adamw"]).lr == 1e-3
 
 
 def test_precision_is_what_the_device_computes_fast_unless_it_is_given():
@@ -465,16 +532,20 @@ def test_precision_is_what_the_device_computes_fast_unless_it_is_given():
         ["--head", "softmax", "--start", "data"],
         ["--head", "etf", "--bank", "random"],
         ["--label-smoothing", "0.1", "--loss", "balanced"],
-        ["--refit", "0", "--dim", "3"],
+        ["--refit", "-1", "--dim", "3"],
+        ["--dataset", "CIFAR100"],
+        ["--test-split", "test", "--dataset", "svhn"],
+        ["--target-key", "fine_label", "--dataset", "torch/mnist"],
+        ["--validation", "0"],
         ["--refit", "9", "--dim", "3", "--projection", "none"],
         ["--refit", "9", "--head", "softmax"],
-        ["--final-dim", "2", "--dim", "3"],
+        ["--final-dim", "2", "--dim", "3", "--refit", "0"],
         ["--dim", "3", "--refit", "9", "--loss", "balanced"],
         ["--dim", "3", "--refit", "9", "--label-smoothing", "0.1"],
         ["--head", "softmax", "--dim", "3", "--refit", "9", "--final-dim", "2", "--final-bank", "class-vectors"],
         ["--final-dim", "2", "--dim", "3", "--refit", "9", "--projection", "linear"],
         ["--final-bank", "hpn", "--dim", "3", "--refit", "9"],
-        ["--epochs-from", "epoch3.pt", "--dim", "3"],
+        ["--epochs-from", "epoch3.pt", "--dim", "3", "--refit", "0"],
         ["--mixup", "1", "--batch-size", "7"],
         ["--imbalance", "0"],
         ["--holdout", "1"],
