@@ -895,8 +895,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.epochs_from and not trainer.history:
         trainer.begin_from(args.epochs_from)
     trainer.train()
+    result = summarise(trainer, class_counts)
     if rank() == 0:
-        write_result(trainer, summarise(trainer, class_counts))
+        write_result(trainer, result)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

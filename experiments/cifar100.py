@@ -8,11 +8,10 @@
     python experiments/cifar100.py published DATA                         # 200 epochs each: for a GPU
     python experiments/tables.py                                          # docs/results.md from all results
 
-DATA is a folder of CIFAR-100's class folders, DATA/train/<class>/*.png and DATA/test/<class>/*.png: the 10,847 images of
-the published profile at imbalance 0.01 for "long-tail", the 12,608 of 0.02 for "published", 200 training images of each
-class for the others. Other flags go to train.py, such as --precision fp32 and --threads 1; what they change is rounding.
-Runs that are interrupted go on where they stopped, and those that train as another one did take its epochs from that
-one's folder.
+DATA is a folder of class folders of CIFAR-100, DATA/train/<class>/*.png and DATA/test/<class>/*.png. "long-tail" has
+the 10,847 images of the published profile at imbalance 0.01, "published" the 12,608 of 0.02, the others 200 training
+images of each class. Other flags go to train.py, such as --precision fp32 and --threads 1, which change rounding only.
+Runs that are interrupted go on where they stopped, and those that train as another one did take its epochs from there.
 """
 
 import argparse

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 import torch.distributed as dist
@@ -120,6 +121,8 @@ class DynamicAssigner(nn.Module):
         super().__init__()
         if momentum is not None and not 0.0 <= momentum < 1.0:
             raise ArgumentError(f"momentum is the weight of the old mean and must lie in [0, 1), got {momentum}.")
+        if solver not in get_args(AssignmentMethod):
+            raise ArgumentError(f"solver must be one of {get_args(AssignmentMethod)}, got {solver!r}.")
         if process_group is not None and dist.get_rank(process_group) < 0:
             raise ArgumentError(
                 f"expected a process group that rank {dist.get_rank()} belongs to, got one of other ranks. "
@@ -232,12 +235,8 @@ class DynamicAssigner(nn.Module):
         started = time.perf_counter()
         head = self.head
         head.check_in_use()
-        self._combine_ranks()
-        means, prototypes, before = (
-            self.class_means.cpu(),
-            head.bank.prototypes.cpu(),
-            head.assignment.cpu().clone(),
-        )
+        combined, total = self._combine_ranks()
+        means, prototypes, before = combined.cpu(), head.bank.prototypes.cpu(), head.assignment.cpu().clone()
         if bool(self.frozen):
             after, solver, optimal = before, "frozen", False
         else:
@@ -247,6 +246,7 @@ class DynamicAssigner(nn.Module):
                 self.prices.copy_(solution.prices)
             for each in self._heads:
                 each.assign_(after.to(each.assignment.device))
+        self._begin_round(combined, total)
         moved = torch.nonzero(after != before).flatten().tolist()
         labels = torch.arange(len(means), device="cpu")
         record = AssignmentStep(
@@ -306,8 +306,8 @@ class DynamicAssigner(nn.Module):
             self.to(device)
 
     @torch.no_grad()
-    def _combine_ranks(self) -> None:
-        """Combine what the ranks have seen since the last step, check it, and start the next round of counting."""
+    def _combine_ranks(self) -> tuple[Tensor, Tensor]:
+        """Class means (C, D) of all ranks, checked, and the samples (C,) that they have seen since the last step."""
         # A rank without a batch has not followed the model yet, and NCCL takes no tensor of the CPU.
         self._follow_device(self.head.assignment.device)
         means, total = self.class_means, self.pending_counts
@@ -322,6 +322,11 @@ class DynamicAssigner(nn.Module):
             evidence = sums.view_as(means)
             means = torch.where((total > 0)[:, None], normalise(evidence), means)
         _check_finite(evidence, total)
+        return means, total
+
+    @torch.no_grad()
+    def _begin_round(self, means: Tensor, total: Tensor) -> None:
+        """Keep what the ranks have combined, and start counting anew."""
         self.class_means.copy_(means)
         self.combined_counts.add_(total)
         self.class_counts.copy_(self.combined_counts)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperproto.errors import ArgumentError, ShapeError
-from hyperproto.fitting.features import eval_mode
+from hyperproto.fitting.features import add_up_ranks, evaluating, unwrapped
 from hyperproto.head import HypersphericalHead, require_heads
 from hyperproto.targets import check_target
 
@@ -24,11 +24,13 @@ def fit_logit_scale(model: nn.Module, loader: Iterable[Any]) -> float:
 
     .. math:: s = \arg\min_s \; -\frac1N \sum_b \log \operatorname{softmax}(s \, \cos_b)_{y_b}
 
-    One pass in eval mode without gradients; train and eval modes are as before afterwards. The ranking of classes does
-    not change, only how sure the probabilities are. Use data apart from training and test set.
+    One pass in eval mode without gradients; modes and the global generator are as before afterwards. The ranking of
+    classes does not change, only how sure the probabilities are. Use data apart from training and test set. Under
+    torch.distributed every rank must call it, each with its share of the data or all with the same: all take rank 0's
+    buffers first, as DistributedDataParallel does, and arrive at the same scale.
 
     Args:
-        model: a converted model, or a head.
+        model: a converted model, bare or wrapped, or a head.
         loader: batches whose first two items are inputs and labels (N,) int64 (or soft targets).
 
     Returns:
@@ -51,10 +53,14 @@ def fit_logit_scale(model: nn.Module, loader: Iterable[Any]) -> float:
     from scipy.optimize import minimize_scalar
 
     heads = require_heads(model)
-    cosines, target = _collect_cosines(model, heads[0], loader)
+    device = heads[0].assignment.device
+    cosines, target = _collect_cosines(unwrapped(model), heads[0], loader)
 
     def negative_log_likelihood(log_scale: float) -> float:
-        return float(F.cross_entropy(math.exp(log_scale) * cosines, target))
+        loss = F.cross_entropy(math.exp(log_scale) * cosines, target, reduction="sum") if len(cosines) else 0.0
+        total = torch.tensor([loss], dtype=torch.float64, device="cpu")
+        add_up_ranks([total], device)
+        return float(total)
 
     bounds = tuple(math.log(bound) for bound in SCALE_BOUNDS)
     scale = math.exp(minimize_scalar(negative_log_likelihood, bounds=bounds, method="bounded").x)
@@ -65,20 +71,24 @@ def fit_logit_scale(model: nn.Module, loader: Iterable[Any]) -> float:
 
 @torch.no_grad()
 def _collect_cosines(model: nn.Module, head: HypersphericalHead, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
-    """(N, C) cosines and the targets of a whole loader, on the CPU."""
+    """(N, C) cosines and the targets of a whole loader, on the CPU; N may be 0 on ranks that have none."""
     device = head.assignment.device
-    cosines, targets = [], []
-    with eval_mode(model):
+    cosines, targets = [torch.zeros(0, head.num_classes, device="cpu")], []
+    with evaluating(model):
         for images, target, *_ in loader:
             output = model(images.to(device))
             if not isinstance(output, Tensor) or output.dim() != 2:
-                raise ShapeError(f"expected the model to return logits (B, C) in eval mode, got {type(output)}.")
+                got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+                raise ShapeError(f"expected the model to return logits (B, C) in eval mode, got {got}.")
             check_target(target, len(output), head.num_classes)
             cosines.append((output.float() / head.logit_scale).cpu())
             targets.append(target.cpu())
-    if not cosines or not sum(map(len, cosines)):
-        raise ArgumentError("the loader gave no samples: the scale needs held-out data to be fitted on.")
     gathered = torch.cat(cosines).double()
-    if not bool(torch.isfinite(gathered).all()):
+    checks = torch.tensor([len(gathered), (~torch.isfinite(gathered)).sum()], dtype=torch.float64, device="cpu")
+    add_up_ranks([checks], device)
+    num_samples, num_wrong = checks.tolist()
+    if not num_samples:
+        raise ArgumentError("the loader gave no samples: the scale needs held-out data to be fitted on.")
+    if num_wrong:
         raise ArgumentError("the model returned NaN or infinite logits; the scale is unchanged.")
-    return gathered, torch.cat(targets)
+    return gathered, torch.cat(targets) if targets else torch.zeros(0, dtype=torch.int64, device="cpu")

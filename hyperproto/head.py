@@ -6,6 +6,7 @@ from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hyperproto.bank import PrototypeBank
 from hyperproto.checkpoint import check_format, check_same_prototypes, format_version, stamp_format_
@@ -262,7 +263,8 @@ class HypersphericalHead(nn.Module):
             labels: (B,) int64.
         """
         if self.is_embedding(output):
-            own_prototypes = self.bank.prototypes[self.assignment[labels]]
+            # Not by indexing, which would count a label of -1 from the end.
+            own_prototypes = self.bank.prototypes[self.assignment.gather(0, labels)]
             return (output.float() * own_prototypes).sum(dim=1, keepdim=True)
         return output.gather(1, labels[:, None]).float() / self.logit_scale
 
@@ -381,8 +383,11 @@ class HypersphericalHead(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HypersphericalHead":
         if recurse:
-            for child in self.children():
-                child._apply(fn)  # type: ignore[no-untyped-call]
+            for module in self.modules():
+                if module is not self:
+                    # Batch norm stays float32 as well; one that another package has converted does not know.
+                    own = keeping_dtype(fn) if isinstance(module, _BatchNorm) else fn
+                    module._apply(own, recurse=False)  # type: ignore[no-untyped-call]
         return super()._apply(keeping_dtype(fn), recurse=False)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ from hyperproto.functional import (
     squared_class_lengths,
 )
 from hyperproto.head import HypersphericalHead, require_heads
+from hyperproto.precision import keeping_dtype
 from hyperproto.targets import check_target
 
 
@@ -66,6 +69,9 @@ class PrototypeLoss(nn.Module):
     def extra_repr(self) -> str:
         """What `repr` shows."""
         return f"reduction={self.reduction!r}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrototypeLoss:
+        return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
 
     def _loss(self, output: Tensor, target: Tensor) -> Tensor:
         raise NotImplementedError
@@ -139,7 +145,7 @@ class LongTailLoss(PrototypeLoss):
             return batch_squared_lengths(target)
         if self.squared_lengths.device != output.device:
             self.to(output.device)
-        return self.squared_lengths[target][:, None] if target.dim() == 1 else self.squared_lengths[None]
+        return self.squared_lengths.gather(0, target)[:, None] if target.dim() == 1 else self.squared_lengths[None]
 
 
 class PrototypeCrossEntropyLoss(PrototypeLoss):

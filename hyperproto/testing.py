@@ -12,6 +12,7 @@ Example:
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -125,22 +126,27 @@ def check_loss(loss: PrototypeLoss) -> None:
     """Raise AssertionError unless the loss keeps what all losses of this library promise.
 
     Hard labels and their one-hot form agree, the per-sample losses are not negative, gradients are finite (also for
-    zero embeddings and under an empty batch), and neither output nor target is changed.
+    zero embeddings and under an empty batch), and neither output nor target is changed. An assigner that the loss
+    feeds is left as it was.
     """
+    loss = copy.deepcopy(loss)
     head = loss.head
-    features = torch.cat([_unit_rows(5, head.num_classes, seed=0), torch.zeros(1, head.num_classes)])
-    logits = (features * head.logit_scale.cpu()).to(head.assignment.device).requires_grad_()
-    labels = torch.arange(6, device=logits.device) % head.num_classes
+    embedding = head.training and head.training_output == "embedding"
+    width = head.dim if embedding else head.num_classes
+    rows = torch.cat([_unit_rows(5, width, seed=0), torch.zeros(1, width)])
+    output = (rows if embedding else rows * head.logit_scale.cpu()).to(head.assignment.device).requires_grad_()
+    labels = torch.arange(6, device=output.device) % head.num_classes
     soft = torch.nn.functional.one_hot(labels, head.num_classes).float()
-    before = logits.detach().clone()
-    hard_loss, soft_loss = loss(logits, labels), loss(logits, soft)
+    before = [tensor.detach().clone() for tensor in (output, labels, soft)]
+    hard_loss, soft_loss = loss(output, labels), loss(output, soft)
+    for what, tensor, old in zip(("output", "labels", "soft targets"), (output, labels, soft), before, strict=True):
+        _require(torch.equal(tensor.detach(), old), f"the loss changed the {what}")
     _require(torch.allclose(hard_loss, soft_loss, atol=1e-5), "hard labels and their one-hot form disagree")
     _require(bool((hard_loss >= 0).all()), "the loss is negative")
     _require(hard_loss.shape == ((6,) if loss.reduction == "none" else ()), f"got shape {tuple(hard_loss.shape)}")
-    (gradient,) = torch.autograd.grad(hard_loss.sum(), logits)
+    (gradient,) = torch.autograd.grad(hard_loss.sum(), output)
     _require(bool(torch.isfinite(gradient).all()), "the gradient is not finite")
-    _require(torch.equal(logits.detach(), before), "the output was changed")
-    empty = loss(logits[:0], labels[:0])
+    empty = loss(output[:0], labels[:0])
     _require(bool((empty == 0).all()), "an empty batch must have loss 0")
 
 

@@ -475,6 +475,46 @@ def test_bad_problems_are_refused(kwargs, error, words):
         solve_assignment(problem.pop("class_means"), problem.pop("prototypes"), **problem)
 
 
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_a_step_that_fails_leaves_what_was_seen(momentum, monkeypatch):
+    assigner = DynamicAssigner(HypersphericalHead(4, 6, projection="none"), momentum=momentum)
+    assigner.update(unit_rows(6, 4), torch.arange(6))
+    before = copy.deepcopy(assigner.state_dict())
+
+    def out_of_memory(*args: object, **options: object) -> None:
+        raise AssignmentError("did not close")
+
+    monkeypatch.setattr("hyperproto.assigner.solve_assignment", out_of_memory)
+    with pytest.raises(AssignmentError, match="did not close"):
+        assigner.step()
+    for name, value in assigner.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    monkeypatch.undo()
+    assert assigner.step().unseen == ()
+
+
+def test_an_unknown_solver_is_refused_before_the_first_epoch():
+    with pytest.raises(ArgumentError, match=r"solver must be one of .*'hungarian'"):
+        DynamicAssigner(HypersphericalHead(4, 6), solver="hungarian")
+
+
+@pytest.mark.parametrize("method", ["dense", "sparse"])
+def test_small_weights_weigh_as_large_ones(method):
+    means, weights = torch.tensor([[0.0, 1.0], [1.0, 0.1]]), 1e-12 * torch.ones(2)
+    solution = solve_assignment(means, torch.eye(2), weights=weights, method=method)
+    assert solution.assignment.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("solver", ["dense", "sparse"])
+def test_a_default_device_is_not_asked_for(solver):
+    assigner = DynamicAssigner(HypersphericalHead(4, 6, projection="none"), solver=solver)
+    assigner.update(unit_rows(6, 4), torch.arange(6))
+    twin = copy.deepcopy(assigner)
+    with torch.device("meta"):
+        step = assigner.step()
+    assert step.moved_labels == twin.step().moved_labels
+
+
 @pytest.mark.parametrize("momentum", [-0.1, 1.0, 2.0])
 def test_momentum_out_of_range_is_refused(momentum):
     with pytest.raises(ArgumentError, match="weight of the old mean"):

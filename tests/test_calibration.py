@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from ranks import run_on_ranks
 from scipy.optimize import brentq
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from hyperproto import ArgumentError, HeadNotFoundError, HypersphericalHead, LabelError, fit_logit_scale
+from hyperproto import ArgumentError, HeadNotFoundError, HypersphericalHead, LabelError, ShapeError, fit_logit_scale
 
 
 def make_model() -> nn.Sequential:
@@ -36,6 +37,37 @@ def test_the_gradient_of_the_likelihood_vanishes_at_the_fitted_scale():
         return float((((s * cosines).softmax(dim=1) * cosines).sum(dim=1).mean() - own).item())
 
     assert float(head.logit_scale) == pytest.approx(brentq(slope, 1e-2, 1e4), rel=1e-3)
+
+
+def test_no_global_randomness_is_used():
+    model = make_model()
+    data = DataLoader(loader(model).dataset, batch_size=64, shuffle=True)
+    state = torch.get_rng_state()
+    fit_logit_scale(model, data)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def fit_on_rank(rank: int, shares: bool) -> tuple[float, float]:
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 8))
+    model = nn.Sequential(body, HypersphericalHead(8, 4, dim=3))
+    features, labels = torch.randn(90, 6), torch.randint(4, (90,))
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    wrapped(features + rank)  # from here on each rank has running statistics of its own
+    # Unequal shares, and a rank without any.
+    mine = {0: slice(0, 60), 1: slice(60, 90), 2: slice(0, 0)}[rank] if shares else slice(None)
+    batches = list(zip(features[mine].split(16), labels[mine].split(16), strict=True)) if rank < 2 or not shares else []
+    scale = fit_logit_scale(wrapped, batches)
+    # What one process finds with all the data and the first rank's model.
+    return scale, float(model[1].logit_scale)
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_all_ranks_arrive_at_one_scale(shares):
+    scales = run_on_ranks(fit_on_rank, 3, shares)
+    assert len({scale for pair in scales for scale in pair}) == 1
+    alone = run_on_ranks(fit_on_rank, 1, False)
+    assert scales[0][0] == pytest.approx(alone[0][0], rel=1e-3)
 
 
 def test_only_the_scale_changes():
@@ -77,3 +109,9 @@ def test_bad_input_leaves_the_old_scale():
     assert all(module.training for module in model.modules())
     with pytest.raises(HeadNotFoundError):
         fit_logit_scale(nn.Linear(2, 2), [])
+
+
+def test_an_output_that_is_no_matrix_of_logits_is_named():
+    maps = nn.Sequential(make_model(), nn.Unflatten(1, (2, 2)))
+    with pytest.raises(ShapeError, match=r"logits \(B, C\) in eval mode, got \(3, 2, 2\)"):
+        fit_logit_scale(maps, [(torch.randn(3, 6), torch.zeros(3, dtype=torch.int64))])

@@ -382,6 +382,39 @@ def test_a_label_without_samples_keeps_its_prototype_if_nobody_needs_it():
     check_assignment(spare)
 
 
+@settings(max_examples=20)
+@given(seed=SEEDS, num_unseen=st.integers(1, 3))
+def test_on_a_simplex_no_label_has_to_give_its_prototype_up(seed, num_unseen):
+    """All choices of as many corners are congruent."""
+    features, labels = clouds(6, 12, seed=seed)
+    present = labels >= num_unseen
+    head = make_head(6, 12, 5, bank=PrototypeBank(6, 5))
+    head.assign_(torch.randperm(6, generator=torch.Generator().manual_seed(seed)))
+    before = head.assignment.clone()
+    assert fit_head(head, [(features[present], labels[present])]).accuracy == 1.0
+    assert torch.equal(head.assignment[:num_unseen], before[:num_unseen])
+
+
+def test_a_loader_may_reuse_its_buffer():
+    features, labels = clouds(6, 12)
+    buffer = torch.empty(20, 12)
+
+    def loader():
+        for rows, own in batched(features, labels, size=20):
+            yield buffer.copy_(rows), own
+
+    once, reused = make_head(6, 12, 5), make_head(6, 12, 5)
+    expected = fit_head(once, batched(features, labels, size=20))
+    assert fit_head(reused, loader()) == expected
+
+
+def test_the_sample_does_not_keep_all_tokens():
+    sample = FeatureSample(8, width=4)
+    sample.add(torch.randn(8, 9, 4)[:, 0], torch.arange(8))
+    rows = sample._held[-1][1]
+    assert rows.untyped_storage().nbytes() == rows.nbytes
+
+
 def test_accuracy_is_measured_on_a_bounded_sample(monkeypatch):
     features, labels = clouds(6, 10, apart=0.7, per_class=400)
     whole, bounded = make_head(6, 10, 4), make_head(6, 10, 4)

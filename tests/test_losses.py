@@ -187,7 +187,45 @@ def test_relabelling_classes_changes_no_loss(head, seed):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_contract(make_loss, reduction):
     check_loss(make_loss(make_head(), reduction=reduction))
-    check_loss(make_loss(DynamicAssigner(make_head()), reduction=reduction))
+    for training_output in ("logits", "embedding"):
+        assigner = DynamicAssigner(make_head(training_output))
+        check_loss(make_loss(assigner, reduction=reduction))
+        assert not assigner.class_counts.any()
+
+
+class Careless(BalancedLoss):
+    def _loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        loss = super()._loss(output, target)
+        target.zero_()
+        return loss
+
+
+def test_the_contract_forbids_changing_the_target():
+    with pytest.raises(AssertionError, match="changed the labels"):
+        check_loss(Careless(make_head()))
+
+
+@every_loss
+@pytest.mark.parametrize("training_output", ["logits", "embedding"])
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_compiled_loss_takes_no_label_from_the_end(make_loss, training_output, backend):
+    """Compiled code leaves the check of the labels' range to what looks them up."""
+    torch.compiler.reset()
+    head = make_head(training_output)
+    features, labels = batch()
+    output = head(features).detach()
+    loss = torch.compile(make_loss(head), backend=backend)
+    assert torch.isfinite(loss(output, labels))
+    with pytest.raises((RuntimeError, IndexError)):
+        loss(output, labels - labels.max() - 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_class_lengths_stay_float32_in_a_model_that_is_cast(dtype):
+    criterion = LongTailLoss(make_head(), class_counts=torch.tensor([1_000_000, 37, 1, 9, 9, 9]))
+    before = criterion.squared_lengths.clone()
+    cast = nn.ModuleList([criterion]).to(dtype)[0]
+    assert torch.equal(cast.squared_lengths, before)
 
 
 @every_loss

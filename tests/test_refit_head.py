@@ -254,21 +254,32 @@ def test_channels_first_and_tokens_are_rows():
 
 
 def test_kept_features_do_not_keep_what_they_are_views_of(monkeypatch):
-    kept, regroup = [], module._regroup
+    kept = []
 
-    def spy(batches, size):
-        kept.extend(features.untyped_storage().nbytes() / features.nbytes for features, _ in batches)
-        return regroup(batches, size)
+    def spy(loss, parameters, batches, **options):
+        kept.extend(rows.untyped_storage().nbytes() / rows.nbytes for rows, _ in batches)
 
     class FirstToken(nn.Module):
         def forward(self, tokens: torch.Tensor) -> torch.Tensor:
             return tokens[:, 0]
 
-    monkeypatch.setattr(module, "_regroup", spy)
+    monkeypatch.setattr(module, "minimise", spy)
     features, labels = overlapping()
     tokens = features[:, None].repeat(1, 9, 1)
     refit_head(nn.Sequential(FirstToken(), make_head(6, 8, 4)), [(tokens, labels)], iterations=1)
     assert kept == [1.0]
+
+
+@given(sizes=st.lists(st.integers(0, 9), max_size=6), size=st.integers(1, 7))
+def test_samples_are_regrouped_in_their_order(sizes, size):
+    regrouped, labels = module._Regrouped(size), torch.arange(sum(sizes))
+    for own in labels.split(sizes):
+        regrouped.add(own[:, None].float(), own)
+    batches = regrouped.batches()
+    assert all(len(own) == size for _, own in batches[:-1])
+    assert all(0 < len(own) <= size for _, own in batches)
+    assert [label for _, own in batches for label in own.tolist()] == labels.tolist()
+    assert all(torch.equal(rows[:, 0].long(), own) for rows, own in batches)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -293,7 +304,7 @@ def test_a_wrapped_model_is_refitted_like_the_bare_one_and_not_compressed():
     assert fits[1:] == fits[:1] * 2
     for inner, wrapped in ((compiled._orig_mod, compiled), (replicated.module, replicated)):
         assert_same_state(inner, bare)
-        with pytest.raises(HeadNotFoundError, match="wrapped"):
+        with pytest.raises(HeadNotFoundError, match=r"wrapped.*: compress_head\(model, ...\), then"):
             compress_head(wrapped, loader, dim=3)
 
 

@@ -19,6 +19,7 @@ from hyperproto import (
     HeadNotFoundError,
     HypersphericalHead,
     NotLinearError,
+    compress_head,
     convert_model,
     describe,
     get_heads,
@@ -217,6 +218,37 @@ def test_original_layers_follow_device_and_dtype(projection):
     assert model.head.training
     model = convert_model(make("volo_d1_224"), dim=6).to("meta")
     assert all(parameter.is_meta for parameter in restore_model(model).parameters())
+
+
+def test_a_layer_without_parameters_for_a_witness_still_follows_the_device():
+    model = convert_model(nn.Sequential(nn.Flatten(), nn.Linear(8, 4)), classifier="1", projection="none")
+    assert restore_model(model.to("meta"))[1].weight.is_meta
+
+
+class TwoNames(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.fc = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.head = self.fc
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(images))
+
+
+@pytest.mark.parametrize("name", ["fc", "head"])
+def test_a_layer_with_two_names_is_replaced_under_both(name):
+    model, images = TwoNames(), torch.randn(3, 8)
+    original, before = model.fc, model(images)
+    convert_model(model, dim=4, classifier=name)
+    assert model.fc is model.head is next(iter(get_heads(model).values()))
+    compress_head(model, [(torch.randn(16, 8), torch.arange(16) % 4)], dim=2, iterations=1)
+    assert model.fc is model.head
+    assert model.head.dim == 2
+    assert torch.equal(restore_model(model)(images), before)
+    assert model.fc is model.head is original
+    expected = convert_model(model, dim=3, classifier=name).eval()(images).argmax(dim=1)
+    assert torch.equal(to_linear(model)(images).argmax(dim=1), expected)
+    assert model.fc is model.head
 
 
 # Folding

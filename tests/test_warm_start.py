@@ -209,17 +209,17 @@ def test_the_same_classifier_gives_the_same_head_and_no_global_randomness_is_use
         assert torch.equal(value, heads[1].state_dict()[key]), key
 
 
-def test_a_classifier_without_weights_has_nothing_to_reproduce():
-    classifier = nn.Linear(16, 12)
+def alike(*size: int) -> nn.Linear:
+    """A classifier as some models start theirs: with the same weights for all classes."""
+    classifier = nn.Linear(*size)
     nn.init.zeros_(classifier.weight)
-    head = HypersphericalHead(16, 12, bank=BANKS[6])
-    assert warm_start_(head, classifier).reproduced == 1.0
-    assert torch.isfinite(head(normal(4, 16))).all()
+    return classifier
 
 
 @pytest.mark.parametrize(
     ("classifier", "options", "error", "words"),
     [
+        (alike(16, 12), {}, ArgumentError, "same weights for all classes"),
         (nn.Linear(15, 12), {}, ShapeError, r"\(12, 16\).*\(12, 15\)"),
         (nn.Linear(16, 11), {}, ShapeError, "number of classes"),
         (nn.Conv2d(16, 12, 3), {}, ShapeError, r"\(12, 16, 3, 3\)"),

@@ -265,6 +265,17 @@ def test_synchronised_batch_norm_keeps_the_head_what_it_was(shape):
         assert torch.equal(synchronised.state_dict()[name], value), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_synchronised_batch_norm_stays_float32(dtype):
+    head = nn.SyncBatchNorm.convert_sync_batchnorm(HypersphericalHead(8, NUM_CLASSES, dim=DIM, projection="linear+bn"))
+    linear, batch_norm = head.projection
+    batch_norm.running_mean.fill_(1.0 / 3.0)
+    head.to(dtype)
+    assert linear.weight.dtype == dtype
+    assert {tensor.dtype for tensor in (*batch_norm.parameters(), batch_norm.running_mean)} == {torch.float32}
+    assert (batch_norm.running_mean == torch.tensor(1.0 / 3.0)).all()
+
+
 def test_synchronised_batch_norm_behind_a_convolution():
     torch.manual_seed(0)
     model = timm.create_model(

@@ -10,7 +10,14 @@ from hyperproto.bank import PrototypeBank
 from hyperproto.conversion.channels import ChannelsFirstHead
 from hyperproto.conversion.describe import describe
 from hyperproto.conversion.loading import check_before_loading
-from hyperproto.conversion.locate import Leaf, check_unwrapped, find_classifiers, num_inputs, num_outputs
+from hyperproto.conversion.locate import (
+    Leaf,
+    check_unwrapped,
+    find_classifiers,
+    num_inputs,
+    num_outputs,
+    put_in_place,
+)
 from hyperproto.conversion.record import RECORD, Conversion, Snapshot, count_parameters, find_reference
 from hyperproto.conversion.restore import guard_reset
 from hyperproto.conversion.structures import (
@@ -167,7 +174,7 @@ def _put_in(
         target, notes = move_behind_pooling(model, name)
         record.notes += notes
         record.leaves[target] = leaves[name]
-        model.set_submodule(target, head)
+        put_in_place(model, model.get_submodule(target), head)
     num_classes = next(iter(heads.values())).num_classes
     set_num_classes(model, list(record.leaves), num_classes)
     record.notes += resize_auxiliary(model, num_classes, seed)

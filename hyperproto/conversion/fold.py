@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperproto.conversion.channels import ChannelsFirstHead
-from hyperproto.conversion.locate import Leaf
+from hyperproto.conversion.locate import Leaf, put_in_place
 from hyperproto.conversion.record import RECORD, get_record
 from hyperproto.errors import ArgumentError
 from hyperproto.head import HypersphericalHead, get_heads
@@ -53,7 +53,7 @@ def to_linear(model: nn.Module) -> nn.Module:
             "outputs, each normalised on its own, and no linear layers rank classes as that sum does. "
             "Deploy it with hyperproto, e.g. through torch.export."
         )
-    [(name, head)] = heads.items()
+    [head] = heads.values()
     layer = _fold(head, record.witness(head))
     # Guards on the model and around the head go; what a plain layer needs as well stays.
     for change in record.changes:
@@ -62,7 +62,7 @@ def to_linear(model: nn.Module) -> nn.Module:
     head.retired = True
     if record.load_check is not None:
         record.load_check.remove()
-    model.set_submodule(name, layer)
+    put_in_place(model, head, layer)
     for dropped in record.dropped:
         zeros = torch.zeros_like(layer.weight.detach().flatten(1))
         silent = _layer(zeros, zeros[:, 0].clone(), channels_first=False).train(layer.training)

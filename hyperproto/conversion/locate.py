@@ -49,8 +49,13 @@ WRAPPERS = {
 NAME_IT = 'Name the layer to replace yourself: convert_model(model, classifier="dotted.name").'
 
 
-def check_unwrapped(model: nn.Module, name: str = "") -> None:
+def check_unwrapped(model: nn.Module, name: str = "", *, verb: str = "convert_model") -> None:
     """Raise if the model, or a module of it that holds the one of that name, has been wrapped already.
+
+    Args:
+        model: what `verb`, a function of this package, was called with.
+        name: of the module that is to be replaced.
+        verb: for the message.
 
     Raises:
         HeadNotFoundError: it has; says what to do first.
@@ -63,7 +68,7 @@ def check_unwrapped(model: nn.Module, name: str = "") -> None:
                 wrap = WRAPPERS[base.__name__]
                 raise HeadNotFoundError(
                     f"expected a model that nothing wraps, got one already wrapped by {wrap}, which would not know of "
-                    f"the new layers. Pass the model inside and wrap it afterwards: convert_model(model, ...), then "
+                    f"the new layers. Pass the model inside and wrap it afterwards: {verb}(model, ...), then "
                     f"{wrap}(model, ...)."
                 )
 
@@ -112,6 +117,13 @@ def num_inputs(leaf: Leaf) -> int:
     return leaf.in_features if isinstance(leaf, nn.Linear) else leaf.in_channels
 
 
+def put_in_place(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Let `new` take the place of `old` under every name that the model has for it."""
+    names = [name for name, module in model.named_modules(remove_duplicate=False) if module is old]
+    for name in names:
+        model.set_submodule(name, new)
+
+
 def is_leaf(module: object) -> bool:
     """Whether a module maps features to outputs by one matrix: nn.Linear, or nn.Conv2d of size 1."""
     if isinstance(module, nn.Conv2d):
@@ -155,7 +167,7 @@ def _leaf_at(model: nn.Module, name: str) -> Leaf:
         HeadNotFoundError: there is no such module, or it is no leaf; names the leaves inside it, if any.
     """
     label = type(model).__name__
-    module = dict(model.named_modules()).get(name)
+    module = dict(model.named_modules(remove_duplicate=False)).get(name)
     if module is None:
         raise HeadNotFoundError(f"{label} has no module named {name!r}. model.named_modules() lists the names.")
     check_unwrapped(model, name)

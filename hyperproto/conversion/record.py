@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hyperproto.conversion.locate import Leaf
 from hyperproto.errors import HeadNotFoundError
+from hyperproto.head import HypersphericalHead
 
 RECORD = "_hyperproto_conversion"
 TABLES = ("_modules", "_parameters", "_buffers")
@@ -99,6 +100,8 @@ class Conversion:
         witness = self.witness(replacement)
         if witness is not None:
             layer.to(device=witness.device, dtype=witness.dtype)
+        elif isinstance(replacement, HypersphericalHead):  # without a projection: its buffers keep float32
+            layer.to(device=replacement.logit_scale.device)
         layer.train(parent.training if replacement is None else replacement.training)
 
 

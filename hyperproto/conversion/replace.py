@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from hyperproto.conversion.locate import put_in_place
 from hyperproto.conversion.record import RECORD, count_parameters
 from hyperproto.head import HypersphericalHead, get_heads
 
@@ -17,7 +18,7 @@ def replace_head(model: nn.Module, name: str, head: HypersphericalHead) -> None:
     holders = [module for module in model.modules() if RECORD in module.__dict__ and old in module.modules()]
     witness = next(old.parameters())
     head.to(device=witness.device, dtype=witness.dtype).train(old.training)
-    model.set_submodule(name, head)
+    put_in_place(model, old, head)
     old.retired = True
     for module in holders:
         module.__dict__[RECORD].num_parameters_after = count_parameters(module)

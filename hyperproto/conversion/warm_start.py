@@ -139,9 +139,9 @@ def _set_batch_norm_(batch_norm: _BatchNorm, projection: Tensor, bias: Tensor) -
 
 
 def _squared_cosine(matrix: Tensor, weight: Tensor) -> float:
-    """Share of `weight` that a multiple of `matrix` accounts for; everything of a classifier without weights."""
+    """Share of `weight` that a multiple of `matrix` accounts for; nothing where that is zero."""
     lengths = float(matrix.square().sum() * weight.square().sum())
-    return float((matrix * weight).sum().square()) / lengths if lengths > 0 else 1.0
+    return float((matrix * weight).sum().square()) / lengths if lengths > 0 else 0.0
 
 
 def _centred(head: HypersphericalHead, classifier: nn.Linear | nn.Conv2d) -> tuple[Tensor, Tensor]:
@@ -160,4 +160,7 @@ def _centred(head: HypersphericalHead, classifier: nn.Linear | nn.Conv2d) -> tup
     bias = weight.new_zeros(len(weight)) if classifier.bias is None else classifier.bias.detach().cpu().double()
     if not bool(torch.isfinite(weight).all() and torch.isfinite(bias).all()):
         raise ArgumentError("a warm start needs finite weights and biases; the classifier's are not.")
-    return weight - weight.mean(dim=0), bias - bias.mean()
+    centred = weight - weight.mean(dim=0)
+    if not bool(centred.any()):
+        raise ArgumentError("a warm start needs a trained classifier, got one with the same weights for all classes.")
+    return centred, bias - bias.mean()

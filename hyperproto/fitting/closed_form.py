@@ -9,6 +9,9 @@ from hyperproto.fitting.statistics import ClassScatter
 from hyperproto.matching.procrustes import align
 from hyperproto.matching.sparse import place_unseen
 
+#: Prototypes are float32: to take one from a label that has not been seen has to gain more than their rounding.
+SMALLEST_SHARE = 1e-6
+
 
 def match_classes(scatter: ClassScatter, prototypes: Tensor, current: Tensor) -> Tensor:
     r"""Assignment in which prototypes lie to each other as the classes do, however the features are turned.
@@ -31,7 +34,14 @@ def match_classes(scatter: ClassScatter, prototypes: Tensor, current: Tensor) ->
     whitened = torch.linalg.solve_triangular(factor, (scatter.means - scatter.centre).T, upper=False).T  # (S, F)
     # A rotation of the whitened means, no wider than there are classes.
     left, lengths, _ = torch.linalg.svd(whitened, full_matrices=False)
-    matched = align(left * lengths, prototypes).assignment
+    best = align(left * lengths, prototypes)
+    matched = best.assignment
+    unseen = torch.ones_like(current, dtype=torch.bool).index_fill_(0, scatter.labels, False)
+    if bool(unseen.any()):
+        free = torch.ones(len(prototypes), dtype=torch.bool, device="cpu").index_fill_(0, current[unseen], False)
+        apart = align(left * lengths, prototypes[free])
+        if apart.similarity >= (1.0 - SMALLEST_SHARE) * best.similarity:
+            matched = torch.nonzero(free).flatten()[apart.assignment]
     return place_unseen(current, scatter.labels, matched, len(prototypes))
 
 

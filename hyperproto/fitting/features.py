@@ -28,14 +28,14 @@ def feed_features(
 ) -> int:
     """Give `consume` what the model's heads project, batch by batch, in eval mode; the number of samples.
 
-    Under torch.distributed the features of all ranks are those of one model: see `captured_features`.
+    Under torch.distributed the features of all ranks are those of one model: see `evaluating`.
 
     Raises:
         HeadNotFoundError: the model does not call all of its heads.
         LabelError, ShapeError: targets that do not fit.
     """
     device = heads[0].assignment.device
-    model = _unwrapped(model)
+    model = unwrapped(model)
     num_samples = 0
     with captured_features(model, [head.projection for head in heads]) as captured:
         for inputs, target, *_ in loader:
@@ -56,10 +56,9 @@ def feed_features(
 
 @contextmanager
 def captured_features(model: nn.Module, projections: Sequence[nn.Module]) -> Iterator[list[tuple[int, Tensor]]]:
-    """A list that the model's forward passes fill with what reaches each projection, by its number; in eval mode.
+    """A list that the model's forward passes fill with what reaches each projection, by its number.
 
-    Under torch.distributed all ranks get rank 0's buffers first, as in a forward pass of DistributedDataParallel: each
-    has running statistics of its own since the last one, and would fit a head to features of another model.
+    In eval mode, and the same model on all ranks: see `evaluating`.
     """
     captured: list[tuple[int, Tensor]] = []
 
@@ -68,16 +67,28 @@ def captured_features(model: nn.Module, projections: Sequence[nn.Module]) -> Ite
         rows = normalise(arguments[0]) if isinstance(projection, nn.Identity) else arguments[0]
         captured.append((index, rows.float()))
 
-    _share_buffers(model)
     # At the projection, where features are rows (N, in_features) whatever the layout of the head.
     hooks = [each.register_forward_pre_hook(partial(keep, index)) for index, each in enumerate(projections)]
     try:
-        # A compiled model would not see the hooks, and a loader draws its seed from the global generator.
-        with eval_mode(model), torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
+        # A compiled model would not see the hooks.
+        with evaluating(model), torch.compiler.set_stance("force_eager"):
             yield captured
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """All modules in eval mode; their modes and the global generator are as they were afterwards.
+
+    Under torch.distributed all ranks get rank 0's buffers first, as in a forward pass of DistributedDataParallel: each
+    has running statistics of its own since the last one, and would evaluate another model.
+    """
+    _share_buffers(model)
+    # A loader draws its seed from the global generator.
+    with eval_mode(model), torch.random.fork_rng(devices=[]):
+        yield
 
 
 @contextmanager
@@ -131,7 +142,7 @@ def _share_buffers(model: nn.Module) -> None:
             buffer.copy_(shared)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside of what replicates or compiles it.
 
     DistributedDataParallel would wait in each forward pass for ranks that have fewer batches.

@@ -68,7 +68,8 @@ def fit_head(model: nn.Module, loader: Iterable[Any]) -> HeadFit:
         ArgumentError: no samples, features that are not finite, or none that tell labels apart.
         AssignmentError: mean embeddings that are not finite, for a head without a projection.
         BankError: its heads do not share one bank and one assignment.
-        LabelError, ShapeError: targets that do not fit. After any error the model is as it was.
+        LabelError, ShapeError: targets that do not fit. After any error the model is as it was (on other ranks, with
+            rank 0's buffers).
 
     Example:
         >>> head = HypersphericalHead(8, 4, dim=3)

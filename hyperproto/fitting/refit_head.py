@@ -64,7 +64,8 @@ def refit_head(model: nn.Module, loader: Iterable[Any], *, scale: float = 16.0, 
         HeadNotFoundError: the model has no hyperspherical head, or does not call it.
         ArgumentError: a head without a projection, a scale or iterations out of range, no samples, or features that are
             not finite or tell no labels apart.
-        LabelError, ShapeError: targets that do not fit. After any error the model is as it was.
+        LabelError, ShapeError: targets that do not fit. After any error the model is as it was (on other ranks, with
+            rank 0's buffers).
 
     Example:
         >>> head = HypersphericalHead(8, 4, dim=3)
@@ -129,7 +130,8 @@ def compress_head(
         HeadNotFoundError: the model has no hyperspherical head, does not call it, or is wrapped.
         ArgumentError: several heads, or a bare one, which cannot be replaced in place; another projection than
             "linear+bn"; an option out of range; data as for `refit_head`.
-        LabelError, ShapeError: targets that do not fit. After any error the model is as it was.
+        LabelError, ShapeError: targets that do not fit. After any error the model is as it was (on other ranks, with
+            rank 0's buffers).
 
     Example:
         >>> model = nn.Sequential(HypersphericalHead(8, 4, dim=4, bank="simplex"))
@@ -141,7 +143,7 @@ def compress_head(
     [old, *_] = require_heads(model)
     [name, *others] = get_heads(model)
     _check_options(scale, iterations)
-    check_unwrapped(model, name)
+    check_unwrapped(model, name, verb="compress_head")
     _check_compressible(old, name, others, dim)
     features = _Features(model, (old,), loader)
     [batches] = features.batches
@@ -192,7 +194,7 @@ class _Features:
 
     def __init__(self, model: nn.Module, heads: tuple[HypersphericalHead, ...], loader: Iterable[Any]) -> None:
         device = heads[0].assignment.device
-        rows: list[Batches] = [[] for _ in heads]
+        samples = [_Regrouped(_batch_rows(head)) for head in heads]
         self._statistics = [FeatureStatistics(head.num_classes, head.in_features) for head in heads]
 
         def consume(index: int, features: Tensor, target: Tensor) -> None:
@@ -200,29 +202,50 @@ class _Features:
                 raise LabelError(
                     "expected labels (B,): a head is fitted to the training data as they are, without mixup."
                 )
-            # A copy: what comes in may be a view of all tokens.
-            rows[index].append((features.clone(), target.to(device)))
+            samples[index].add(features, target.to(device))
             self._statistics[index].add(features.cpu(), target)
 
         num_samples = feed_features(model, heads, loader, consume)
         self._num_samples = add_up_statistics(heads[0], self._statistics, num_samples)
         self.scatters = [statistics.scatter() for statistics in self._statistics]
-        self.batches = [
-            _regroup(own, min(BATCH_ROWS, max(1, BATCH_NUMBERS // max(head.in_features, head.num_classes))))
-            for head, own in zip(heads, rows, strict=True)
-        ]
+        self.batches = [each.batches() for each in samples]
 
     def report(self, head: HypersphericalHead) -> HeadFit:
         """What the first head reached."""
         return report_fit(head, self._statistics[0], self._num_samples, self.batches[0])
 
 
-def _regroup(batches: Batches, size: int) -> Batches:
-    """The same samples in batches of that size."""
-    if not batches:
-        return []
-    features, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    return list(zip(torch.split(features, size), torch.split(labels, size), strict=True))
+def _batch_rows(head: HypersphericalHead) -> int:
+    return min(BATCH_ROWS, max(1, BATCH_NUMBERS // max(head.in_features, head.num_classes)))
+
+
+class _Regrouped:
+    """Samples copied into batches of one size as they come: all at once, at the end, would take the memory twice."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._full: Batches = []
+        self._rest: Batches = []
+
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        """Features (N, F), which may be a view of all tokens or a buffer that is going to be reused; labels (N,)."""
+        start = 0
+        while start < len(labels):
+            part = slice(start, start + self._size - sum(len(own) for _, own in self._rest))
+            self._rest.append((features[part].clone(), labels[part].clone()))
+            start += len(self._rest[-1][1])
+            if sum(len(own) for _, own in self._rest) == self._size:
+                self._full.append(_joined(self._rest))
+                self._rest = []
+
+    def batches(self) -> Batches:
+        """All samples, in the order in which they came."""
+        return [*self._full, _joined(self._rest)] if self._rest else self._full
+
+
+def _joined(parts: Batches) -> tuple[Tensor, Tensor]:
+    features, labels = zip(*parts, strict=True)
+    return (features[0], labels[0]) if len(parts) == 1 else (torch.cat(features), torch.cat(labels))
 
 
 def _cross_entropy(projection: nn.Module, vectors: Tensor, scale: float) -> SampleLoss:

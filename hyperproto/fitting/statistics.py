@@ -139,10 +139,10 @@ class FeatureSample:
         self.add(torch.zeros(0, width, device="cpu"), torch.zeros(0, dtype=torch.int64, device="cpu"))
 
     def add(self, rows: Tensor, labels: Tensor) -> None:
-        """Rows (N, F) and their labels (N,)."""
+        """Rows (N, F) and their labels (N,), views of all tokens perhaps, or buffers that are going to be reused."""
         # The rows of the smallest keys are kept.
         keys = torch.rand(len(rows), generator=self._generator, dtype=torch.float64, device="cpu")
-        self._held.append((keys, rows, labels))
+        self._held.append((keys, rows.clone(), labels.clone()))
         if sum(len(keys) for keys, _, _ in self._held) > 2 * self.limit:
             self._shorten()
 

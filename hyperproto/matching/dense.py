@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-#: What keeping its prototype is worth to a label. It breaks ties and nothing else: cosines are float32, whose
-#: rounding is five orders of magnitude larger.
+#: What keeping its prototype is worth to a label, as a share of the largest similarity. It breaks ties and nothing
+#: else: cosines are float32, whose rounding is five orders of magnitude larger.
 STAY_BONUS = 1e-12
 
 
@@ -41,6 +41,7 @@ def solve_dense(similarity: Tensor, current: Tensor) -> Tensor:
     from scipy.optimize import linear_sum_assignment
 
     gains: npt.NDArray[np.float64] = similarity.numpy().copy()
-    gains[torch.arange(len(current)).numpy(), current.numpy()] += STAY_BONUS
+    largest = float(abs(gains).max(initial=0.0))
+    gains[range(len(current)), current.numpy()] += STAY_BONUS * (largest or 1.0)
     _, columns = linear_sum_assignment(gains, maximize=True)
     return torch.from_numpy(columns.astype("int64"))

@@ -58,7 +58,7 @@ def first_prices(problem: Problem, warm: FloatArray | None) -> tuple[FloatArray,
     num_labels, num_prototypes = len(problem.means), len(problem.prototypes)
     common = (problem.means * problem.weights.float()[:, None]).mean(dim=0)
     prices = _admissible(problem.prototypes @ common, num_labels)
-    order = torch.randperm(num_labels, generator=torch.Generator(device="cpu").manual_seed(0))
+    order = torch.randperm(num_labels, generator=torch.Generator(device="cpu").manual_seed(0), device="cpu")
     num_held_out = min(HELD_OUT, num_labels // 2)
     held_out = problem.scaled_means(order[:num_held_out]) @ problem.prototypes.T  # (held out, P)
     if num_held_out == 0:
