@@ -453,12 +453,14 @@ class Trainer:
         heads: dotted names of the layers in the place of the model's classifiers, if there are any.
         free: whether these are free class vectors behind a projection.
         history: what each epoch did.
+        fit_seconds: what it took to fit the head after the last epoch.
         assign_interval: batches between assignment steps.
     """
 
     def __init__(self, args: argparse.Namespace, model: nn.Module, loaders: Loaders, device: torch.device) -> None:
         self.args, self.model, self.loaders, self.device = args, model, loaders, device
         self.history: list[dict[str, Any]] = []
+        self.fit_seconds = 0.0
         self.assign_interval = max(1, round(args.assign_every * len(loaders.train)))
         self.mixup = Mixup(args.mixup, label_smoothing=0.0, num_classes=args.num_classes) if args.mixup else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
@@ -601,10 +603,12 @@ class Trainer:
                 print("  ".join(f"{key} {value:.5g}" for key, value in entry.items()), flush=True)
                 if self.args.output is not None:
                     self.save(self.args.output)
+        started = time.perf_counter()
         if self.args.final_dim is not None:
             self.fit_final_head()
         elif self.args.refit is not None:
             self.refit()
+        self.fit_seconds = time.perf_counter() - started
         if self.args.loss == "cross-entropy":
             # Probabilities are those that the loss saw.
             for head in hyperproto.get_heads(self.evaluated_model()).values():
@@ -821,6 +825,7 @@ def summarise(trainer: Trainer, class_counts: Tensor) -> dict[str, Any]:
         "start_accuracy": start.get("start_accuracy"),
         "start_similarity": start.get("start_similarity"),
         "seconds": round(seconds, 1),
+        "fit_seconds": round(trainer.fit_seconds, 1),
         "images_per_second": round(sum(entry["images"] for entry in history) / seconds, 1),
         "peak_memory_mib": round(peak_memory_mib(trainer.device)),
         "data": trainer.args.data.resolve().name,

@@ -4,6 +4,7 @@
     python experiments/cifar100.py banks DATA --jobs 2 --threads 1        # from the simplex runs of the former
     python experiments/cifar100.py ablation DATA --jobs 2 --threads 1     # the recipe less one part at a time
     python experiments/cifar100.py selection DATA --jobs 2 --threads 1    # learning rates, on held-out training images
+    python experiments/cifar100.py cost DATA                              # time and memory, on a quiet machine
     python experiments/cifar100.py long-tail DATA --list                  # what is done and what is not
     python experiments/cifar100.py published DATA                         # 200 epochs each: for a GPU
     python experiments/tables.py                                          # docs/results.md from all results
@@ -39,6 +40,7 @@ SEEDS = {
     "banks": (0, 1, 2),
     "ablation": (0,),
     "selection": (0,),
+    "cost": (0, 1, 2),
     "long-tail": (0, 1, 2),
     "published": (0,),
 }
@@ -47,6 +49,7 @@ DIMS = {
     "banks": (50, 25, 10),
     "ablation": (100,),
     "selection": (100,),
+    "cost": (50,),
     "long-tail": (100,),
     "published": (128,),
 }
@@ -100,6 +103,7 @@ METHODS: dict[str, dict[str, str]] = {
     "long-tail": {
         "softmax": "--head softmax --lr 0.1 --dim {dim}",
         "softmax, refitted": "--head softmax --lr 0.1 --dim {dim} --refit 200",
+        "softmax, refitted, 100 iterations": "--head softmax --lr 0.1 --dim {dim} --refit 100",
         "ETF + dot regression [2]": "--head etf --loss long-tail --lr 0.1 --dim {dim}",
         "DL2PA [1]": "--head dl2pa --bank uniform --start random --momentum 0.95 --loss long-tail "
                                   "--lr 0.1 --dim {dim}",
@@ -112,9 +116,18 @@ METHODS: dict[str, dict[str, str]] = {
         "simplex at the end": "--head softmax --dim {dim} --refit 200 --final-dim {dim} --final-bank simplex",
     },
 }
+METHODS["cost"] = {
+    method: METHODS["balanced"][method]
+    for method in (
+        "softmax", "softmax at D = 100, then softmax at D", "simplex, then class-vector prototypes", "HPN, static [3]",
+        "DL2PA [1]",
+    )
+}
 # fmt: on
 BUDGET = {
     "balanced": "--model cifar_resnet20 --epochs 10 --projection linear+bn",
+    # One epoch takes as long as another.
+    "cost": "--model cifar_resnet20 --epochs 1 --projection linear+bn",
     # Of the training images alone.
     "selection": "--model cifar_resnet20 --epochs 10 --projection linear+bn --validation 0.2",
     "long-tail": "--model cifar_resnet20 --epochs 20 --projection linear+bn --mixup 1.0",

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/results.md and the short one of README.md from the result lines in experiments/results/.
+"""Writes the tables of docs/results.md and the short ones of README.md from the result lines in experiments/results/.
 
     python experiments/tables.py
 
@@ -16,16 +16,28 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/results.md"
 README = ROOT / "README.md"
 
-#: Rows of the short table: method, dimension, what it says.
-SHORT = (
-    ("simplex, then class-vector prototypes", 50, "**simplex in training, then prototypes in D dimensions (recipe)**"),
-    ("softmax", 50, "softmax behind a bottleneck"),
-    ("softmax, refitted", 50, "the same, refitted to the features at the end"),
-    ("softmax at D = 100, then softmax at D", 50, "softmax trained at D = 100, refitted in D dimensions"),
-    ("simplex, refitted", 100, "**simplex, refitted (recipe)**"),
-    ("softmax, refitted", 100, "softmax, refitted"),
-    ("DL2PA [1]", 50, "DL2PA with the published bank, loss and matching"),
-)
+#: Rows of the short tables, by suite: method, dimension, what it says.
+SHORT = {
+    "balanced": (
+        (
+            "simplex, then class-vector prototypes",
+            50,
+            "**simplex in training, then prototypes in D dimensions (recipe)**",
+        ),
+        ("softmax", 50, "softmax behind a bottleneck"),
+        ("softmax, refitted", 50, "the same, refitted to the features at the end"),
+        ("softmax at D = 100, then softmax at D", 50, "softmax trained at D = 100, refitted in D dimensions"),
+        ("simplex, refitted", 100, "**simplex, refitted (recipe)**"),
+        ("softmax, refitted", 100, "softmax, refitted"),
+        ("DL2PA [1]", 50, "DL2PA with the published loss and matching"),
+    ),
+    "long-tail": (
+        ("simplex at the end", 100, "**softmax in training, then a simplex fitted to the features**"),
+        ("softmax", 100, "softmax"),
+        ("softmax, refitted", 100, "softmax, refitted to the features"),
+        ("ETF + dot regression [2]", 100, "simplex from the first step on, dot regression"),
+    ),
+}
 
 #: Column of the tables, key of the result lines.
 FIGURES = {
@@ -38,6 +50,10 @@ FIGURES = {
     "calibration error": "calibration_error",
     "after fitting": "calibration_error_fitted",
 }
+#: Those of the long-tailed tables alone.
+GROUPS = ("adjusted", "head", "median", "tail")
+#: The same of the table of costs.
+COSTS = {"seconds an epoch": "seconds", "seconds to fit the head at the end": "fit_seconds", "MiB": "peak_memory_mib"}
 
 
 def collect(suite: str) -> dict[tuple[str, int], list[dict[str, Any]]]:
@@ -63,22 +79,21 @@ def shown(lines: list[dict[str, Any]], key: str) -> str:
 def table(suite: str) -> str:
     """One row for each method and dimension that has results."""
     groups = suite in ("long-tail", "published")
-    names = [name for name in FIGURES if groups or name not in ("adjusted", "head", "median", "tail")]
-    header = ["D", "method", "n", *names, "minutes", "MiB"]
+    figures = {name: key for name, key in FIGURES.items() if groups or name not in GROUPS}
+    names = COSTS if suite == "cost" else figures
+    header = ["D", "method", "n", *names]
     rows = []
     for (method, dim), lines in sorted(collect(suite).items(), key=lambda item: -item[0][1]):
-        minutes, memory = mean(line["seconds"] for line in lines) / 60, mean(line["peak_memory_mib"] for line in lines)
-        cells = [str(dim), method, str(len(lines)), *(shown(lines, FIGURES[name]) for name in names)]
-        rows.append([*cells, f"{minutes:.0f}", f"{memory:.0f}"])
+        rows.append([str(dim), method, str(len(lines)), *(shown(lines, key) for key in names.values())])
     text = [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
     return "\n".join(text)
 
 
-def short_table() -> str:
+def short_table(suite: str) -> str:
     """Accuracies of the most telling rows."""
-    found = collect("balanced")
+    found = collect(suite)
     rows = [["D", "head", "accuracy", "seeds"], ["---"] * 4]
-    for method, dim, label in SHORT:
+    for method, dim, label in SHORT[suite]:
         lines = found[method, dim]
         rows.append([str(dim), label, shown(lines, "top1"), str(len(lines))])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
@@ -91,10 +106,11 @@ def put(path: Path, mark: str, text: str) -> None:
 
 
 def main() -> None:
-    """Put the table of each suite that has results between its marks, and the short one."""
+    """Put the table of each suite that has results between its marks, and the short ones."""
     for suite in filter(cifar100.results_of, cifar100.METHODS):
         put(PAGE, suite, table(suite))
-    put(README, "measured", short_table())
+    for suite in SHORT:
+        put(README, suite, short_table(suite))
 
 
 if __name__ == "__main__":
