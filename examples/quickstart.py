@@ -1,4 +1,4 @@
-"""Handwritten digits, softmax against fixed prototypes at half the dimension: install, train, see that it works.
+"""Handwritten digits, softmax against prototypes in half as many dimensions as classes: install, train, see it work.
 
     pip install -e ".[examples]" && python examples/quickstart.py
 

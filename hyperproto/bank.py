@@ -69,7 +69,8 @@ class PrototypeBank(nn.Module):
         method: "simplex" (P <= D + 1, optimal), "orthoplex" (D + 1 < P <= 2D, optimal), "separated" (smallest largest
             cosine), "uniform" (smallest Gaussian potential), "energy" (smallest Riesz energy), "hpn" (smallest mean of
             row maxima), "code" (binary codes, for thousands to millions), "random", or "auto": the first of simplex,
-            orthoplex and separated that serves P and D, and a code beyond what can be optimised in minutes.
+            orthoplex and separated that serves P and D; beyond what can be optimised in minutes a code, or random
+            prototypes where no code has enough words.
         seed: of the random rotation or the random start.
         power: for "energy" only: the exponent s, one of 0, 1 and 2.
         half_space: for "energy" only: spread the prototypes as lines, {w, -w}.
@@ -150,9 +151,9 @@ class PrototypeBank(nn.Module):
         r"""A bank of class vectors, spread as evenly over D dimensions as these allow; `method` is "class vectors".
 
         Vectors may be the weights of a trained classifier, word or text embeddings of the class names, or attributes.
-        Row i is the prototype of class i: the first assignment of a head, label i to row i, is the right one. With
-        D >= C - 1 the bank is the regular simplex, and the vectors play no part; below, prototypes that have to share
-        directions are those whose vectors do.
+        Row i is the prototype of class i: the first assignment of a head, label i to row i, is the right one. Where
+        the vectors, less their mean, have C - 1 independent directions and D >= C - 1, the bank is the regular simplex,
+        and they play no further part; else prototypes that have to share directions are those whose vectors do.
 
         A trained classifier moves onto this bank by `convert_model(..., warm_start=True)`, and ranks classes about as
         its D leading directions did. In very few dimensions, C > D (D + 1) / 2, similar classes come close together;
@@ -217,7 +218,12 @@ class PrototypeBank(nn.Module):
             >>> print(PrototypeBank(4, 3).report())
             largest cosine -0.3333 (nearest pair 109.5 degrees apart), lower bound -0.3333 (rankin), gap 0.0000;
             mean over rows -0.3333; length of the mean 0.0000 (from all pairs)
+
+        Raises:
+            BankError: the prototypes have no values (device meta, or `to_empty` and no checkpoint since).
         """
+        if self.prototypes.is_meta or bool(self.prototypes[0].isnan().any()):
+            raise BankError("the bank has no values to report on. Load a checkpoint first.")
         max_cosine, mean_max_cosine, source = self._largest_cosines()
         lower_bound, bound_name = cosine_lower_bound(self.num_prototypes, self.dim)
         return BankReport(

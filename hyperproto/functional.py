@@ -35,6 +35,9 @@ __all__ = [
 Reduction = Literal["mean", "sum", "none"]
 AssignmentMethod = Literal["auto", "dense", "sparse"]
 
+#: What no label is. `F.cross_entropy` drops its default, -100, without a word where nothing has checked the range.
+NO_LABEL = -(2**63)
+
 #: From this many labels on, "auto" is "sparse": measured, about where random means take as long by either. Means that
 #: nearly coincide or form clusters gain long before.
 SPARSE_FROM_CLASSES = 1000
@@ -143,7 +146,9 @@ def prototype_cross_entropy(
     """
     _check_cosines(cosines, target)
     soft = target if target.dim() == 1 else target.float()
-    losses = F.cross_entropy(scale * cosines.float(), soft, reduction="none", label_smoothing=label_smoothing)
+    losses = F.cross_entropy(
+        scale * cosines.float(), soft, reduction="none", label_smoothing=label_smoothing, ignore_index=NO_LABEL
+    )
     return _reduce(losses, reduction)
 
 
@@ -257,8 +262,9 @@ def solve_assignment(
         class_means: (C, D) mean embeddings; rows are normalised here. A zero row is a label never seen: it keeps
             its prototype unless a seen label needs it.
         prototypes: (P, D), P >= C; rows are normalised here.
-        current: (C,) int64, the assignment in force, kept wherever moving gains nothing; by default label k at k.
-        weights: (C,) non-negative importance a of each label; 1 by default.
+        current: (C,) int64, the assignment in force, kept where moving gains nothing; by default label k at k.
+        weights: (C,) non-negative importance a of each label; 1 by default. "sparse" is exact to C * 2^-32 times the
+            largest: weights that differ by many orders of magnitude are for "dense".
         method: "dense" (scipy's solver on all cosines: O(C P) memory), "sparse" (candidates, and a proof over all
             pairs: O((C + P) D) memory, many times faster for many labels) or "auto", which picks by size. Should
             "sparse" not close within its rounds, "dense" takes over where it needs 4 GiB or less.
@@ -350,6 +356,8 @@ def _check_problem(class_means: Tensor, prototypes: Tensor, weights: Tensor | No
             "expected class means (C, D) and prototypes (P, D) of one dimension D, got "
             f"{tuple(class_means.shape)} and {tuple(prototypes.shape)}."
         )
+    if len(class_means) == 0:
+        raise AssignmentError("expected class means of at least one label, got none.")
     if len(prototypes) < len(class_means):
         raise AssignmentError(
             f"{len(class_means)} labels need at least as many prototypes, got {len(prototypes)}. "

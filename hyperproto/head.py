@@ -121,7 +121,7 @@ class HypersphericalHead(nn.Module):
         # Set by what takes the head out of its model.
         self.retired = False
         # The tensor, and how often it had been written, whose values `_check_written_assignment` saw last.
-        self._checked = (0, 0)
+        self._checked, self._moved_unchecked = (0, 0), False
         self.projection = build_projection(projection, in_features, dim, seed=seed)
         self.bank = bank
         scale = default_logit_scale(bank, num_classes) if logit_scale is None else float(logit_scale)
@@ -185,6 +185,7 @@ class HypersphericalHead(nn.Module):
             raise ShapeError(f"expected embeddings of shape (B, {self.dim}), got {tuple(embeddings.shape)}.")
         if not 1 <= k <= self.num_classes:
             raise ArgumentError(f"k must lie in [1, {self.num_classes}], got {k}.")
+        self._check_written_assignment()
         best = embeddings.new_empty((len(embeddings), 0), dtype=torch.float32)
         labels = torch.empty((len(embeddings), 0), dtype=torch.int64, device=embeddings.device)
         one = torch.ones_like(self.logit_scale)
@@ -315,7 +316,7 @@ class HypersphericalHead(nn.Module):
         if type(assignment) is not Tensor or assignment.is_meta or assignment.is_inference():
             return
         written = (id(assignment), assignment._version)
-        if assignment._version == 0 or written == self._checked:
+        if (assignment._version == 0 and not self._moved_unchecked) or written == self._checked:
             return
         try:
             check_assignment(assignment, self.num_classes, self.bank.num_prototypes)
@@ -325,7 +326,7 @@ class HypersphericalHead(nn.Module):
                 "over buffers does that (AveragedModel with use_buffers=True). Average without buffers, or give this "
                 "head the model's assignment before each evaluation: averaged_head.assign_(head.assignment)."
             ) from error
-        self._checked = written
+        self._checked, self._moved_unchecked = written, False
 
     def check_checkpoint(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Raise unless this head can load what a `state_dict` holds for it under a prefix; changes nothing.
@@ -371,8 +372,8 @@ class HypersphericalHead(nn.Module):
     def _choose_anchors(self) -> None:
         if self.anchors is None or self.anchor_inverse is None:
             return
-        if self.anchors.is_meta or self.bank.prototypes.is_meta:
-            return
+        if self.anchors.is_meta or self.bank.prototypes.is_meta or bool(self.bank.prototypes[0].isnan().any()):
+            return  # no values yet: a checkpoint brings its own
         # Sorted, so that the choice depends on which prototypes are assigned and not to whom.
         assigned = self.assignment.cpu().sort().values
         rows = self.bank.prototypes.cpu()[assigned]  # (C, D)
@@ -388,7 +389,13 @@ class HypersphericalHead(nn.Module):
                     # Batch norm stays float32 as well; one that another package has converted does not know.
                     own = keeping_dtype(fn) if isinstance(module, _BatchNorm) else fn
                     module._apply(own, recurse=False)  # type: ignore[no-untyped-call]
-        return super()._apply(keeping_dtype(fn), recurse=False)  # type: ignore[no-untyped-call]
+        before = self.assignment
+        super()._apply(keeping_dtype(fn), recurse=False)  # type: ignore[no-untyped-call]
+        # A copy elsewhere counts as never written.
+        moved = self.assignment is not before and not self.assignment.is_meta
+        if moved and not before.is_inference() and before._version > 0:
+            self._moved_unchecked |= (id(before), before._version) != self._checked
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.check_checkpoint(state_dict, prefix)

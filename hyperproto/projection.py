@@ -27,7 +27,7 @@ def build_projection(projection: Projection, in_features: int, dim: int, *, seed
     if projection == "none":
         return nn.Identity()
     linear = SeededLinear(in_features, dim, seed=seed)
-    return linear if projection == "linear" else nn.Sequential(linear, RowBatchNorm(dim))
+    return linear if projection == "linear" else nn.Sequential(linear, RowBatchNorm(dim, dtype=torch.float32))
 
 
 def layers_of(projection: nn.Module) -> tuple[nn.Linear | None, _BatchNorm | None]:

@@ -90,14 +90,11 @@ def check_bank(bank: PrototypeBank) -> None:
 
 def check_assignment(head: HypersphericalHead) -> None:
     """Raise AssertionError unless the head's assignment is an injective map from labels to prototypes."""
-    try:
-        check_assignment_tensor(head.assignment, head.num_classes, head.bank.num_prototypes)
-    except AssignmentError as error:
-        raise AssertionError(str(error)) from error
+    _check_injective(head.assignment, head.num_classes, head.bank.num_prototypes)
 
 
 def check_optimal(assignment: Tensor, class_means: Tensor, prototypes: Tensor, *, tolerance: float = 1e-5) -> None:
-    """Raise AssertionError unless no assignment has a larger total cosine.
+    """Raise AssertionError unless it is an assignment, and none has a larger total cosine.
 
     Up to 7 labels and 7 prototypes every assignment is tried; beyond, scipy's dense solver is the reference.
 
@@ -108,6 +105,7 @@ def check_optimal(assignment: Tensor, class_means: Tensor, prototypes: Tensor, *
         tolerance: largest shortfall that counts as rounding.
     """
     similarity = normalise(class_means).double() @ normalise(prototypes).double().T
+    _check_injective(assignment, *similarity.shape)
     reached = float(similarity.gather(1, assignment[:, None]).sum())
     num_classes, num_prototypes = similarity.shape
     if num_prototypes <= BRUTE_FORCE_CLASSES:
@@ -148,6 +146,16 @@ def check_loss(loss: PrototypeLoss) -> None:
     _require(bool(torch.isfinite(gradient).all()), "the gradient is not finite")
     empty = loss(output[:0], labels[:0])
     _require(bool((empty == 0).all()), "an empty batch must have loss 0")
+    _require(empty.requires_grad, "an empty batch must have a gradient")
+    (gradient,) = torch.autograd.grad(empty.sum(), output)
+    _require(bool((gradient == 0).all()), "an empty batch must have gradient 0")
+
+
+def _check_injective(assignment: Tensor, num_classes: int, num_prototypes: int) -> None:
+    try:
+        check_assignment_tensor(assignment, num_classes, num_prototypes)
+    except AssignmentError as error:
+        raise AssertionError(str(error)) from error
 
 
 def _unit_rows(num_rows: int, dim: int, seed: int) -> Tensor:

@@ -464,6 +464,7 @@ def test_non_finite_features_are_named_at_step_and_the_old_assignment_stays(mome
         ({"class_means": torch.full((5, 4), float("inf"))}, AssignmentError, "class means must be finite"),
         ({"current": torch.tensor([0, 1, 2, 3, 3])}, AssignmentError, "more than once"),
         ({"current": torch.tensor([0, 1, 2, 3, 9])}, AssignmentError, "from 0 to 9"),
+        ({"class_means": torch.zeros(0, 4), "current": None}, AssignmentError, "at least one label"),
         ({"weights": torch.ones(4)}, ShapeError, r"\(5,\)"),
         ({"weights": -torch.ones(5)}, ArgumentError, "not negative"),
         ({"method": "greedy"}, ArgumentError, "greedy"),
@@ -503,6 +504,43 @@ def test_small_weights_weigh_as_large_ones(method):
     means, weights = torch.tensor([[0.0, 1.0], [1.0, 0.1]]), 1e-12 * torch.ones(2)
     solution = solve_assignment(means, torch.eye(2), weights=weights, method=method)
     assert solution.assignment.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("method", ["dense", "sparse"])
+def test_the_weight_of_a_label_never_seen_does_not_count(method):
+    means, weights = unit_rows(20, 6), torch.ones(20)
+    means[0], weights[0] = 0.0, 1e12
+    prototypes = unit_rows(20, 6, seed=1)
+    solution = solve_assignment(means, prototypes, weights=weights, method=method)
+    check_optimal(solution.assignment, means, prototypes)
+
+
+@pytest.mark.parametrize("solver", ["dense", "sparse"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_default_dtype_is_not_asked_for(solver, dtype):
+    features, labels = torch.randn(12, 4, dtype=torch.float32), torch.arange(12) % 6
+    steps = []
+    before = torch.get_default_dtype()
+    for default in (before, dtype):
+        torch.set_default_dtype(default)
+        try:
+            head = HypersphericalHead(4, 6, dim=3, projection="linear+bn").float()
+            assigner = DynamicAssigner(head, solver=solver)
+            assigner.update(head(features), labels)
+            steps.append(assigner.step().moved_labels)
+        finally:
+            torch.set_default_dtype(before)
+        assert head.eval()(features).dtype == torch.float32
+    assert steps[0] == steps[1]
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [([0, 0, 0], "more than once"), ([0, 1, 7], "values from 0 to 7"), ([0, 2, 1], "is possible")],
+)
+def test_the_check_of_a_solver_sees_what_is_no_assignment(assignment, words):
+    with pytest.raises(AssertionError, match=words):
+        check_optimal(torch.tensor(assignment), torch.eye(3), torch.eye(4, 3).abs())
 
 
 @pytest.mark.parametrize("solver", ["dense", "sparse"])

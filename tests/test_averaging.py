@@ -143,6 +143,17 @@ def test_a_blended_assignment_is_refused_at_evaluation_and_the_advice_works(deca
     torch.testing.assert_close(recovered, averaged_head.embed(features), atol=1e-5, rtol=1e-4)
 
 
+def test_a_blended_assignment_is_refused_after_a_move_and_by_topk():
+    _, averaged = blended(0.5)
+    [head] = get_heads(averaged).values()
+    with pytest.raises(AssignmentError, match="use_buffers=True"):
+        head.topk(torch.eye(head.dim), k=1)
+    averaged._apply(torch.clone)  # as a move between devices does
+    for _ in range(2):
+        with pytest.raises(AssignmentError, match="use_buffers=True"):
+            averaged.eval()(torch.randn(4, 5))
+
+
 def test_the_assignment_is_looked_at_after_each_write_and_at_no_other_time(monkeypatch):
     looked = []
     monkeypatch.setattr("hyperproto.head.check_assignment", lambda *args: looked.append(args))

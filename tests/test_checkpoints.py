@@ -321,6 +321,23 @@ def test_a_model_made_by_to_empty_takes_the_bank_that_comes(monkeypatch, left_be
         model.load_state_dict(small().state_dict())
 
 
+def test_a_backbone_loads_into_a_model_without_values_and_the_head_waits(monkeypatch):
+    model, source = small(), small(seed=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty_like", lambda like, device: torch.full_like(like, 99, device=device))
+        model.to_empty(device="cpu")
+    backbone = {name: value for name, value in source.state_dict().items() if not name.startswith("2.")}
+    model.load_state_dict(backbone, strict=False)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in backbone.items())
+    order = torch.arange(6).flip(0)
+    model[2].assign_(order)
+    assert torch.equal(model[2].assignment, order)
+    with pytest.raises(BankError, match="no values to report on"):
+        model[2].bank.report()
+    model.load_state_dict(source.state_dict())
+    assert_holds(model, snapshot(source))
+
+
 # Assigners
 
 

@@ -200,6 +200,16 @@ class Careless(BalancedLoss):
         return loss
 
 
+class Detached(BalancedLoss):
+    def _loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return super()._loss(output, target) if len(output) else torch.zeros(())
+
+
+def test_the_contract_asks_for_a_gradient_of_an_empty_batch():
+    with pytest.raises(AssertionError, match="empty batch must have a gradient"):
+        check_loss(Detached(make_head()))
+
+
 def test_the_contract_forbids_changing_the_target():
     with pytest.raises(AssertionError, match="changed the labels"):
         check_loss(Careless(make_head()))
@@ -218,6 +228,8 @@ def test_a_compiled_loss_takes_no_label_from_the_end(make_loss, training_output,
     assert torch.isfinite(loss(output, labels))
     with pytest.raises((RuntimeError, IndexError)):
         loss(output, labels - labels.max() - 1)
+    with pytest.raises((RuntimeError, IndexError)):  # what torch's own cross-entropy ignores
+        loss(output, torch.where(labels == labels[0], -100, labels))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

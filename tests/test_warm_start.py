@@ -276,6 +276,12 @@ def test_a_rotated_and_permuted_bank_is_recognised(seed, num, dim):
     assert found.similarity > 0.9 * num  # a local optimum now and then
 
 
+def test_swaps_end_where_vectors_and_prototypes_have_nothing_in_common():
+    simplex = PrototypeBank(20, 19).prototypes.double()
+    found = swap_to_agree(0.3 * torch.ones(20, 3, dtype=torch.float64), simplex, torch.arange(20))
+    assert sorted(found.tolist()) == list(range(20))
+
+
 @given(seed=SEEDS, num=st.integers(2, 8), dim=st.integers(2, 5))
 def test_swaps_end_where_no_swap_gains(seed, num, dim):
     vectors, prototypes = normal(num, 4, seed=seed).double(), unit_rows(num + 2, dim, seed + 1)

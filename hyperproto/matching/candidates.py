@@ -173,7 +173,7 @@ class Candidates:
         chunk_rows = min(CHUNK_ROWS, CHUNK_ENTRIES // num_prototypes, -(-len(chosen) // PAIRS_PER_PROTOTYPE))
         chunk_rows = max(1, chunk_rows)
         # Allocated once: what each chunk leaves behind would keep the next from reusing its memory.
-        buffer = torch.empty(chunk_rows, num_prototypes, device="cpu")
+        buffer = torch.empty(chunk_rows, num_prototypes, dtype=torch.float32, device="cpu")
         marks = torch.empty(chunk_rows, num_prototypes, dtype=torch.bool, device="cpu")
         found, spans = [], []
         for chunk in torch.split(chosen, chunk_rows):
@@ -230,8 +230,8 @@ class _Favourites:
 
     def __init__(self, num_prototypes: int) -> None:
         shape = (PAIRS_PER_PROTOTYPE, num_prototypes)
-        self.losses = torch.full(shape, -torch.inf, device="cpu")
-        self.gains = torch.zeros(shape, device="cpu")
+        self.losses = torch.full(shape, -torch.inf, dtype=torch.float32, device="cpu")
+        self.gains = torch.zeros(shape, dtype=torch.float32, device="cpu")
         self.labels = torch.zeros(shape, dtype=torch.int64, device="cpu")
         self.num_chunks = 0
 

@@ -86,7 +86,7 @@ def solve_sparse(
     if len(seen) == 0:
         nothing = torch.zeros(len(prototypes), dtype=torch.float64, device="cpu")
         return SparseSolution(current.clone(), nothing, proven=True)
-    scale = weights.max()
+    scale = weights[seen].max()
     occupied = torch.zeros(len(prototypes), dtype=torch.bool, device="cpu")
     occupied[current] = True
     occupied[current[seen]] = False

@@ -42,6 +42,8 @@ def swap_to_agree(vectors: Tensor, prototypes: Tensor, assignment: Tensor) -> Te
     mirrored = mixed.T.contiguous()
     our_distances, their_distances = _squared_distances(ours), _squared_distances(theirs)
     gains = torch.empty_like(mixed)
+    # Not a share of the agreement itself, which is rounding where vectors and prototypes have nothing in common.
+    smallest = SMALLEST_GAIN * float(ours.norm() * theirs.norm())
     while True:
         # What half the sum gains when c and d swap; with E = swap - identity, tr(F E H) + tr(F E H E) / 2.
         first = mixed.diagonal().clone()
@@ -49,7 +51,7 @@ def swap_to_agree(vectors: Tensor, prototypes: Tensor, assignment: Tensor) -> Te
         gains.addcmul_(our_distances, their_distances, value=0.5)
         i = int(gains.amax(dim=1).argmax())
         j = int(gains[i].argmax())
-        if 2.0 * float(gains[i, j]) <= SMALLEST_GAIN * float(mixed.trace().abs()):
+        if 2.0 * float(gains[i, j]) <= smallest:
             return assignment
         our_change, their_change = ours[j] - ours[i], theirs[i] - theirs[j]
         mixed.addr_(our_change, their_change)
