@@ -4,8 +4,8 @@ Normalising and comparing directions happen in float32, whatever the dtype that 
 vectors too small to have a direction, and it is here: a row whose largest entry is below `SMALLEST_LENGTH` counts as
 zero. It comes out as zeros, or as small as it was, never NaN, and its gradient is finite. Every other row that float32
 holds is divided by its largest entry before its length is taken, so that rows of 1e-30 and of 1e+30 come out as exact
-as rows of 1. A row with NaN or infinity becomes NaN: that is an error upstream, and hiding it here would move it to where
-nobody looks.
+as rows of 1. A row with NaN or infinity becomes NaN: that is an error upstream, and hiding it here would move it to
+where nobody looks.
 """
 
 from __future__ import annotations
