@@ -40,7 +40,7 @@ SEEDS = {
     "banks": (0, 1, 2),
     "ablation": (0,),
     "selection": (0,),
-    "cost": (0, 1, 2),
+    "cost": (0, 1),
     "long-tail": (0, 1, 2),
     "published": (0,),
 }
