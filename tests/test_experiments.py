@@ -13,7 +13,7 @@ import tables  # noqa: E402
 
 SUITES = pytest.mark.parametrize("suite", cifar100.METHODS)
 #: "published" takes a GPU, or days; it is listed for those who have one.
-MEASURED = pytest.mark.parametrize("suite", ["balanced", "banks", "ablation", "long-tail"])
+MEASURED = pytest.mark.parametrize("suite", ["balanced", "banks", "ablation", "cost", "long-tail"])
 
 
 @SUITES
