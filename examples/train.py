@@ -225,8 +225,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**preset)
         args = parser.parse_args(argv)
     softmax = args.head == "softmax"
-    if args.refit is None and not softmax and args.loss == "cross-entropy":
-        args.refit = 200 if args.projection != "none" and not args.label_smoothing else None
+    refittable = args.loss == "cross-entropy" and args.projection != "none" and not args.label_smoothing
+    if args.refit is None and refittable and not softmax:
+        args.refit = 200
     args.refit = args.refit or None
     checks = {
         "--head softmax trains with --loss cross-entropy": softmax and args.loss != "cross-entropy",

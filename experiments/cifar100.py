@@ -73,7 +73,7 @@ METHODS: dict[str, dict[str, str]] = {
         "simplex, then class-vector prototypes": f"{RECIPE} --dim 100 --final-dim {{dim}}",
         "HPN, static [3]": "--head hpn --loss balanced --reduction sum --lr 0.05 --dim {dim}",
         "DL2PA [1]": "--head dl2pa --bank uniform --start random --momentum 0.95 --loss balanced "
-                                  "--reduction sum --lr 0.05 --dim {dim}",
+                     "--reduction sum --lr 0.05 --dim {dim}",
     },
     "banks": {
         bank: f"{RECIPE} --dim 100 --final-dim {{dim}} --final-bank {bank}"
@@ -106,7 +106,7 @@ METHODS: dict[str, dict[str, str]] = {
         "softmax, refitted, 100 iterations": "--head softmax --lr 0.1 --dim {dim} --refit 100",
         "ETF + dot regression [2]": "--head etf --loss long-tail --lr 0.1 --dim {dim}",
         "DL2PA [1]": "--head dl2pa --bank uniform --start random --momentum 0.95 --loss long-tail "
-                                  "--lr 0.1 --dim {dim}",
+                     "--lr 0.1 --dim {dim}",
         "simplex at the end": "--head softmax --lr 0.1 --dim {dim} --refit 200 --final-dim {dim} --final-bank simplex",
     },
     "published": {

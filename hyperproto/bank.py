@@ -222,7 +222,7 @@ class PrototypeBank(nn.Module):
         Raises:
             BankError: the prototypes have no values (device meta, or `to_empty` and no checkpoint since).
         """
-        if self.prototypes.is_meta or bool(self.prototypes[0].isnan().any()):
+        if not has_values(self.prototypes):
             raise BankError("the bank has no values to report on. Load a checkpoint first.")
         max_cosine, mean_max_cosine, source = self._largest_cosines()
         lower_bound, bound_name = cosine_lower_bound(self.num_prototypes, self.dim)
@@ -259,6 +259,11 @@ class PrototypeBank(nn.Module):
         if _values_lost(before, self.prototypes):
             self.prototypes.fill_(math.nan)
         return self
+
+
+def has_values(prototypes: Tensor) -> bool:
+    """Whether a bank's prototypes are there: not on the device "meta", and loaded since `to_empty` made them NaN."""
+    return not (prototypes.is_meta or bool(prototypes[0].isnan().any()))
 
 
 def _values_lost(before: Tensor, after: Tensor) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hyperproto.bank import PrototypeBank
+from hyperproto.bank import PrototypeBank, has_values
 from hyperproto.checkpoint import check_format, check_same_prototypes, format_version, stamp_format_
 from hyperproto.errors import (
     ArgumentError,
@@ -120,8 +120,9 @@ class HypersphericalHead(nn.Module):
         self.training_output = training_output
         # Set by what takes the head out of its model.
         self.retired = False
-        # The tensor, and how often it had been written, whose values `_check_written_assignment` saw last.
-        self._checked, self._moved_unchecked = (0, 0), False
+        # The tensor, and how often it had been written, whose values `_check_written_assignment` saw last;
+        # None for a copy of values that it has not seen.
+        self._checked: tuple[int, int] | None = (0, 0)
         self.projection = build_projection(projection, in_features, dim, seed=seed)
         self.bank = bank
         scale = default_logit_scale(bank, num_classes) if logit_scale is None else float(logit_scale)
@@ -316,7 +317,7 @@ class HypersphericalHead(nn.Module):
         if type(assignment) is not Tensor or assignment.is_meta or assignment.is_inference():
             return
         written = (id(assignment), assignment._version)
-        if (assignment._version == 0 and not self._moved_unchecked) or written == self._checked:
+        if (assignment._version == 0 and self._checked is not None) or written == self._checked:
             return
         try:
             check_assignment(assignment, self.num_classes, self.bank.num_prototypes)
@@ -326,7 +327,7 @@ class HypersphericalHead(nn.Module):
                 "over buffers does that (AveragedModel with use_buffers=True). Average without buffers, or give this "
                 "head the model's assignment before each evaluation: averaged_head.assign_(head.assignment)."
             ) from error
-        self._checked, self._moved_unchecked = written, False
+        self._checked = written
 
     def check_checkpoint(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Raise unless this head can load what a `state_dict` holds for it under a prefix; changes nothing.
@@ -372,8 +373,8 @@ class HypersphericalHead(nn.Module):
     def _choose_anchors(self) -> None:
         if self.anchors is None or self.anchor_inverse is None:
             return
-        if self.anchors.is_meta or self.bank.prototypes.is_meta or bool(self.bank.prototypes[0].isnan().any()):
-            return  # no values yet: a checkpoint brings its own
+        if self.anchors.is_meta or not has_values(self.bank.prototypes):
+            return  # a checkpoint brings its own
         # Sorted, so that the choice depends on which prototypes are assigned and not to whom.
         assigned = self.assignment.cpu().sort().values
         rows = self.bank.prototypes.cpu()[assigned]  # (C, D)
@@ -391,10 +392,11 @@ class HypersphericalHead(nn.Module):
                     module._apply(own, recurse=False)  # type: ignore[no-untyped-call]
         before = self.assignment
         super()._apply(keeping_dtype(fn), recurse=False)  # type: ignore[no-untyped-call]
-        # A copy elsewhere counts as never written.
         moved = self.assignment is not before and not self.assignment.is_meta
-        if moved and not before.is_inference() and before._version > 0:
-            self._moved_unchecked |= (id(before), before._version) != self._checked
+        written = moved and not before.is_inference() and before._version > 0
+        # The copy counts as never written: it is to be looked at if what it was made from was not.
+        if written and (id(before), before._version) != self._checked:
+            self._checked = None
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
