@@ -200,7 +200,7 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument("--keep-checkpoints", action="store_true",
                        help="keep that of each epoch N in --output as epochN.pt")
     files.add_argument("--epochs-from", type=Path,
-                       help="last epochN.pt of a run that trained the same: fit its head without training again")
+                       help="last epochN.pt of a run that trained the same, whose epochs are not done again")
     files.add_argument("--results", type=Path, help="append the result as one line of JSON to this file")
     files.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
@@ -251,7 +251,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         and (args.refit is None or args.projection != "linear+bn"),
         "--final-bank needs --final-dim": args.final_bank and args.final_dim is None,
         "--final-bank class-vectors is for heads of fixed prototypes": softmax and args.final_bank == "class-vectors",
-        "--epochs-from is for --refit": args.epochs_from and args.refit is None,
         "--mixup needs an even --batch-size": args.mixup and args.batch_size % 2,
         "--pretrained is for models of timm": args.pretrained and args.model.startswith(("cifar_", "torchvision/")),
         "--cache is for images in memory, without --image-size": args.cache and args.image_size,

@@ -18,9 +18,11 @@ settings.register_profile(
 )
 settings.load_profile("default")
 
+# Matrices this small gain nothing from a second thread, and lose much where another process wants the core. Fixtures of
+# whole modules run under it as well: sums over two threads are rounded otherwise than over one.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-    # Matrices this small gain nothing from a second thread, and lose much where another process wants the core.
-    torch.set_num_threads(1)

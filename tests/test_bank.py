@@ -17,13 +17,6 @@ from hyperproto import BankError, PrototypeBank, ShapeError
 from hyperproto.constructions import CONSTRUCTIONS
 from hyperproto.constructions.class_vectors import SLACK, unit_metric
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(_seeded: None) -> None:
-    # Matrices this small gain nothing from a second thread, and lose much where another process wants the core.
-    torch.set_num_threads(1)
-
-
 AXES_AND_THEIR_OPPOSITES = torch.cat(
     [torch.diag(torch.tensor([3.0, 2.0, 1.0])), -torch.diag(torch.tensor([3.0, 2.0, 1.0]))]
 )

@@ -300,7 +300,8 @@ OBJECTIVES = {
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
-def test_the_number_of_threads_changes_no_bit(objective):
+def test_the_number_of_threads_changes_no_bit(objective, request):
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
     start = CONSTRUCTIONS["random"](777, 67, generator()).double()
     results = []
     for threads in (1, 2):

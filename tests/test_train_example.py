@@ -119,7 +119,7 @@ def test_a_killed_run_ends_as_the_undisturbed_one(folder, tmp_path, monkeypatch)
     assert started == [0, 1, 1, 2]
     killed = run(folder, tmp_path / "killed.jsonl", *flags)
 
-    measured = {"seconds", "images_per_second", "peak_memory_mib"}
+    measured = {"seconds", "fit_seconds", "images_per_second", "peak_memory_mib"}
     assert {k: v for k, v in killed.items() if k not in measured} == {
         k: v for k, v in straight.items() if k not in measured
     }
@@ -197,11 +197,11 @@ def trained(folder, tmp_path_factory) -> dict[str, Path]:
     return checkpoints
 
 
-@pytest.mark.parametrize("flags", FINAL.values(), ids=FINAL)
+@pytest.mark.parametrize("flags", [*FINAL.values(), ["--head", "etf", "--refit", "0"]], ids=[*FINAL, "no refit"])
 def test_a_run_from_the_epochs_of_another_ends_as_one_that_does_them_itself(folder, trained, tmp_path, flags):
-    flags = [*flags, "--dim", str(NUM_CLASSES), "--epochs", "4", "--refit", "5"]
+    head, flags = flags[1], ["--refit", "5", *flags, "--dim", str(NUM_CLASSES), "--epochs", "4"]
     alone = run(folder, tmp_path / "alone.jsonl", *flags, "--output", str(tmp_path / "alone"))
-    more = ["--output", str(tmp_path / "from"), "--epochs-from", str(trained[flags[1]])]
+    more = ["--output", str(tmp_path / "from"), "--epochs-from", str(trained[head])]
     started = run(folder, tmp_path / "from.jsonl", *flags, *more)
     assert started["arguments"] == alone["arguments"]
     assert started["class_accuracy"] == alone["class_accuracy"]
@@ -545,7 +545,6 @@ def test_precision_is_what_the_device_computes_fast_unless_it_is_given():
         ["--head", "softmax", "--dim", "3", "--refit", "9", "--final-dim", "2", "--final-bank", "class-vectors"],
         ["--final-dim", "2", "--dim", "3", "--refit", "9", "--projection", "linear"],
         ["--final-bank", "hpn", "--dim", "3", "--refit", "9"],
-        ["--epochs-from", "epoch3.pt", "--dim", "3", "--refit", "0"],
         ["--mixup", "1", "--batch-size", "7"],
         ["--imbalance", "0"],
         ["--holdout", "1"],
