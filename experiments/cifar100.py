@@ -4,6 +4,7 @@
     python experiments/cifar100.py banks DATA --jobs 2 --threads 1        # from the simplex runs of the former
     python experiments/cifar100.py ablation DATA --jobs 2 --threads 1     # the recipe less one part at a time
     python experiments/cifar100.py selection DATA --jobs 2 --threads 1    # learning rates, on held-out training images
+    python experiments/cifar100.py variants DATA --jobs 2 --threads 1     # of balanced: learning rate, start
     python experiments/cifar100.py cost DATA                              # time and memory, on a quiet machine
     python experiments/cifar100.py long-tail DATA --list                  # what is done and what is not
     python experiments/cifar100.py published DATA                         # 200 epochs each: for a GPU
@@ -11,7 +12,7 @@
 
 DATA is a folder of class folders of CIFAR-100, DATA/train/<class>/*.png and DATA/test/<class>/*.png. "long-tail" has
 the 10,847 images of the published profile at imbalance 0.01, "published" the 12,608 of 0.02, the others 200 training
-images of each class. Other flags go to train.py, such as --precision fp32 and --threads 1, which change rounding only.
+images of each class. Other flags go to train.py, such as --precision bf16 and --threads 1, which change rounding only.
 Runs that are interrupted go on where they stopped, and those that train as another one did take its epochs from there.
 """
 
@@ -39,7 +40,8 @@ SEEDS = {
     "balanced": (0, 1, 2),
     "banks": (0, 1, 2),
     "ablation": (0,),
-    "selection": (0,),
+    "selection": (0, 1, 2),
+    "variants": (0, 1, 2),
     "cost": (0, 1),
     "long-tail": (0, 1, 2),
     "published": (0,),
@@ -49,17 +51,20 @@ DIMS = {
     "banks": (50, 25, 10),
     "ablation": (100,),
     "selection": (100,),
+    "variants": (100, 50),
     "cost": (50,),
     "long-tail": (100,),
     "published": (128,),
 }
 #: Methods whose heads have no fewer dimensions than classes.
-WIDE = ("ETF [2]", "simplex, refitted")
+WIDE = ("ETF [2]", "simplex, refitted", "simplex, refitted, start from the data")
 #: Of a suite, another one whose data and budget it has, and whose trainings serve it.
 TRAINED_IN = {"banks": "balanced", "ablation": "balanced"}
 
 #: Training towards the simplex, and the refit.
 RECIPE = "--head etf --loss cross-entropy --lr 0.2 --refit 200"
+#: Training towards fixed prototypes in half as many dimensions as there are classes, and the refit.
+AT_HALF = f"{RECIPE} --dim 50 --head dl2pa --bank orthoplex"
 
 # fmt: off
 #: The same network, epochs, schedule and projection for all. docs/results.md tells which learning rates were compared.
@@ -86,20 +91,27 @@ METHODS: dict[str, dict[str, str]] = {
         "learning rate 0.1 instead of 0.2": f"{RECIPE} --dim {{dim}} --lr 0.1",
         "weight decay 1e-4 instead of 5e-4": f"{RECIPE} --dim {{dim}} --weight-decay 1e-4",
         "a start from the data": f"{RECIPE} --dim {{dim}} --start data",
-        "training at D = 50: orthoplex, start from the data, dynamic":
-            f"{RECIPE} --dim 50 --head dl2pa --bank orthoplex --start data",
+        "training at D = 50: orthoplex, start from the data, dynamic": f"{AT_HALF} --start data",
+        "the same, matched 4 times an epoch, frozen after 3":
+            f"{AT_HALF} --start data --assign-every 0.25 --freeze-epoch 3",
+        "the same, momentum 0.5 instead of 0.9": f"{AT_HALF} --start data --momentum 0.5",
+        "the same, static": f"{AT_HALF} --start data --assignment static",
+        "the same, dynamic from a random start": f"{AT_HALF} --start random",
+        "the same, static from a random start": f"{AT_HALF} --start random --assignment static",
     },
     "selection": {
         f"{method}, learning rate {lr}": f"--head {head} --lr {lr}"
         for method, head, rates in (
-            ("softmax", "softmax --dim {dim}", (0.1, 0.2, 0.4)),
-            ("simplex, refitted", "etf --loss cross-entropy --refit 200 --dim {dim}", (0.1, 0.2, 0.4)),
-            ("HPN, static [3]", "hpn --loss balanced --reduction sum --dim 50", (0.02, 0.05, 0.1)),
+            ("softmax", "softmax --dim {dim}", (0.2, 0.4, 0.8)),
+            ("softmax, refitted", "softmax --refit 200 --dim {dim}", (0.2, 0.4, 0.8)),
+            ("ETF [2]", "etf --loss cross-entropy --refit 0 --dim {dim}", (0.2, 0.4, 0.8)),
+            ("simplex, refitted", "etf --loss cross-entropy --refit 200 --dim {dim}", (0.2, 0.4, 0.8)),
+            ("HPN, static [3]", "hpn --loss balanced --reduction sum --dim 50", (0.05, 0.1)),
             ("DL2PA [1]", "dl2pa --bank uniform --start random --momentum 0.95 --loss balanced --reduction sum "
-             "--dim 50", (0.02, 0.05, 0.1)),
+             "--dim 50", (0.05, 0.1)),
         )
         for lr in rates
-    } | {"a start from the data": f"{RECIPE} --dim {{dim}} --start data"},
+    } | {"simplex, refitted, start from the data": f"{RECIPE} --dim {{dim}} --start data"},
     "long-tail": {
         "softmax": "--head softmax --lr 0.1 --dim {dim}",
         "softmax, refitted": "--head softmax --lr 0.1 --dim {dim} --refit 200",
@@ -123,6 +135,14 @@ METHODS["cost"] = {
         "DL2PA [1]",
     )
 }
+METHODS["variants"] = {
+    f"{method}, {variant}": f"{METHODS['balanced'][method]} {flags}"
+    for variant, flags, methods in (
+        ("learning rate 0.4", "--lr 0.4", ("softmax", "softmax, refitted", "softmax at D = 100, then softmax at D")),
+        ("start from the data", "--start data", ("simplex, refitted", "simplex, then class-vector prototypes")),
+    )
+    for method in methods
+}
 # fmt: on
 BUDGET = {
     "balanced": "--model cifar_resnet20 --epochs 10 --projection linear+bn",
@@ -130,6 +150,7 @@ BUDGET = {
     "cost": "--model cifar_resnet20 --epochs 1 --projection linear+bn",
     # Of the training images alone.
     "selection": "--model cifar_resnet20 --epochs 10 --projection linear+bn --validation 0.2",
+    "variants": "--model cifar_resnet20 --epochs 10 --projection linear+bn",
     "long-tail": "--model cifar_resnet20 --epochs 20 --projection linear+bn --mixup 1.0",
     # The data are long-tailed already, and whole.
     "published": "--preset cifar100-lt --imbalance 1.0 --holdout 0",

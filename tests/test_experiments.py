@@ -10,10 +10,11 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 import cifar100  # noqa: E402
 import tables  # noqa: E402
+import train  # noqa: E402
 
 SUITES = pytest.mark.parametrize("suite", cifar100.METHODS)
 #: "published" takes a GPU, or days; it is listed for those who have one.
-MEASURED = pytest.mark.parametrize("suite", ["balanced", "banks", "ablation", "cost", "long-tail"])
+MEASURED = pytest.mark.parametrize("suite", [suite for suite in cifar100.METHODS if suite != "published"])
 
 
 @SUITES
@@ -24,6 +25,12 @@ def test_runs_differ_from_each_other_and_give_every_method_every_seed(suite):
         seeds = [arguments["seed"] for name, arguments in runs if name == method]
         assert set(seeds) == set(cifar100.SEEDS[suite])
         assert len(seeds) % len(cifar100.SEEDS[suite]) == 0
+
+
+@SUITES
+def test_every_run_can_take_its_epochs_from_another_one(suite):
+    for _, flags in cifar100.runs(suite):
+        assert train.parse_arguments(["DATA", *flags, "--epochs-from", "epoch.pt"]).epochs_from == Path("epoch.pt")
 
 
 @MEASURED
