@@ -56,10 +56,10 @@ DIMS = {
     "long-tail": (100,),
     "published": (128,),
 }
-#: Methods whose heads have no fewer dimensions than classes.
-WIDE = ("ETF [2]", "simplex, refitted", "simplex, refitted, start from the data")
+#: How the names of methods begin whose heads have no fewer dimensions than classes.
+WIDE = ("ETF [2]", "simplex, refitted")
 #: Of a suite, another one whose data and budget it has, and whose trainings serve it.
-TRAINED_IN = {"banks": "balanced", "ablation": "balanced"}
+TRAINED_IN = {"banks": "balanced", "ablation": "balanced", "variants": "balanced"}
 
 #: Training towards the simplex, and the refit.
 RECIPE = "--head etf --loss cross-entropy --lr 0.2 --refit 200"
@@ -99,19 +99,6 @@ METHODS: dict[str, dict[str, str]] = {
         "the same, dynamic from a random start": f"{AT_HALF} --start random",
         "the same, static from a random start": f"{AT_HALF} --start random --assignment static",
     },
-    "selection": {
-        f"{method}, learning rate {lr}": f"--head {head} --lr {lr}"
-        for method, head, rates in (
-            ("softmax", "softmax --dim {dim}", (0.2, 0.4, 0.8)),
-            ("softmax, refitted", "softmax --refit 200 --dim {dim}", (0.2, 0.4, 0.8)),
-            ("ETF [2]", "etf --loss cross-entropy --refit 0 --dim {dim}", (0.2, 0.4, 0.8)),
-            ("simplex, refitted", "etf --loss cross-entropy --refit 200 --dim {dim}", (0.2, 0.4, 0.8)),
-            ("HPN, static [3]", "hpn --loss balanced --reduction sum --dim 50", (0.05, 0.1)),
-            ("DL2PA [1]", "dl2pa --bank uniform --start random --momentum 0.95 --loss balanced --reduction sum "
-             "--dim 50", (0.05, 0.1)),
-        )
-        for lr in rates
-    } | {"simplex, refitted, start from the data": f"{RECIPE} --dim {{dim}} --start data"},
     "long-tail": {
         "softmax": "--head softmax --lr 0.1 --dim {dim}",
         "softmax, refitted": "--head softmax --lr 0.1 --dim {dim} --refit 200",
@@ -135,6 +122,15 @@ METHODS["cost"] = {
         "DL2PA [1]",
     )
 }
+METHODS["selection"] = {
+    f"{method}, learning rate {rate}": f"{METHODS['balanced'][method]} --lr {rate}{more}"
+    for methods, rates, more in (
+        (("softmax", "softmax, refitted", "ETF [2]", "simplex, refitted"), (0.2, 0.4, 0.8), ""),
+        (("HPN, static [3]", "DL2PA [1]"), (0.05, 0.1), " --dim 50"),
+    )
+    for method in methods
+    for rate in rates
+} | {"simplex, refitted, start from the data": f"{RECIPE} --dim {{dim}} --start data"}
 METHODS["variants"] = {
     f"{method}, {variant}": f"{METHODS['balanced'][method]} {flags}"
     for variant, flags, methods in (
@@ -150,7 +146,6 @@ BUDGET = {
     "cost": "--model cifar_resnet20 --epochs 1 --projection linear+bn",
     # Of the training images alone.
     "selection": "--model cifar_resnet20 --epochs 10 --projection linear+bn --validation 0.2",
-    "variants": "--model cifar_resnet20 --epochs 10 --projection linear+bn",
     "long-tail": "--model cifar_resnet20 --epochs 20 --projection linear+bn --mixup 1.0",
     # The data are long-tailed already, and whole.
     "published": "--preset cifar100-lt --imbalance 1.0 --holdout 0",
@@ -163,7 +158,7 @@ def runs(suite: str) -> Iterator[tuple[str, list[str]]]:
     for seed in SEEDS[suite]:
         for dim in DIMS[suite]:
             for method, template in METHODS[suite].items():
-                without_simplex = method in WIDE and dim < NUM_CLASSES
+                without_simplex = method.startswith(WIDE) and dim < NUM_CLASSES
                 none_fewer = "--dim 100" in template and dim >= NUM_CLASSES  # than in training
                 no_orthoplex = method == "orthoplex" and dim < NUM_CLASSES / 2
                 if without_simplex or none_fewer or no_orthoplex:
@@ -190,12 +185,12 @@ def arguments_of(flags: list[str]) -> dict[str, Any]:
 def trained_epochs(suite: str, flags: list[str]) -> Path | None:
     """The last checkpoint of another run that trained as this one does, if there is one."""
     arguments = arguments_of(flags)
-    place = TRAINED_IN.get(suite, suite)
-    for _, others in runs(place):
-        path = output_of(place, others) / f"epoch{arguments['epochs']}.pt"
-        same = train.training_of(arguments_of(others)) == train.training_of(arguments)
-        if same and (place, others) != (suite, flags) and path.is_file():
-            return path
+    for place in sorted({suite, TRAINED_IN.get(suite, suite)}):
+        for _, others in runs(place):
+            path = output_of(place, others) / f"epoch{arguments['epochs']}.pt"
+            same = train.training_of(arguments_of(others)) == train.training_of(arguments)
+            if same and (place, others) != (suite, flags) and path.is_file():
+                return path
     return None
 
 

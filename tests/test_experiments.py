@@ -33,6 +33,24 @@ def test_every_run_can_take_its_epochs_from_another_one(suite):
         assert train.parse_arguments(["DATA", *flags, "--epochs-from", "epoch.pt"]).epochs_from == Path("epoch.pt")
 
 
+@pytest.mark.parametrize(
+    ("suite", "method", "place", "trained"),
+    [
+        ("banks", "hpn", "balanced", "simplex, refitted"),
+        ("variants", "softmax, refitted, learning rate 0.4", "variants", "softmax, learning rate 0.4"),
+    ],
+)
+def test_epochs_come_from_a_run_that_trained_the_same(suite, method, place, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar100, "HERE", tmp_path)
+    flags = next(flags for name, flags in cifar100.runs(suite) if name == method)
+    others = next(flags for name, flags in cifar100.runs(place) if name == trained)
+    assert cifar100.trained_epochs(suite, flags) is None
+    folder = cifar100.output_of(place, others)
+    folder.mkdir(parents=True)
+    (folder / "epoch10.pt").touch()
+    assert cifar100.trained_epochs(suite, flags) == folder / "epoch10.pt"
+
+
 @MEASURED
 def test_every_result_is_that_of_one_run(suite):
     listed = [cifar100.arguments_of(flags) for _, flags in cifar100.runs(suite)]
