@@ -145,7 +145,9 @@ def build_parser() -> argparse.ArgumentParser:
                        "default for etf: the number of classes, else the width of the features")
     model.add_argument("--projection", choices=("none", "linear", "linear+bn"), default="linear+bn",
                        help="from features to embeddings or bottleneck")
-    model.add_argument("--bank", help="method of hyperproto.PrototypeBank, for dl2pa (default: auto)")
+    model.add_argument("--bank", type=method_or_file,
+                       help="for dl2pa: method of hyperproto.PrototypeBank, or a .npy file of C x D numbers, one's own "
+                       "prototypes (default: auto)")
     model.add_argument("--assignment", choices=("static", "dynamic"), help="for dl2pa (default: dynamic)")
     model.add_argument("--assign-every", type=float, default=1.0, help="epochs between assignment steps; may be < 1")
     model.add_argument("--freeze-epoch", type=int, help="no assignment steps from this epoch on")
@@ -160,9 +162,9 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--final-dim", type=int,
                        help="with --refit: dimension of a head that takes the place of the trained one after the last "
                        "epoch; its class vectors are fitted as well, and for prototypes fixed then")
-    model.add_argument("--final-bank",
-                       help="with --final-dim: its prototypes, a method of hyperproto.PrototypeBank or class-vectors "
-                       "(default: class-vectors, but for softmax none: it stays softmax)")
+    model.add_argument("--final-bank", type=method_or_file,
+                       help="with --final-dim: its prototypes, as for --bank, or class-vectors (the default; "
+                       "softmax stays softmax by default)")
     model.add_argument("--loss", choices=("balanced", "long-tail", "cross-entropy"),
                        default="cross-entropy", help="squared pull, dot regression, or over the cosines")
     model.add_argument("--reduction", choices=("mean", "sum"), default="mean", help="of the loss over a batch")
@@ -210,6 +212,11 @@ def build_parser() -> argparse.ArgumentParser:
 def optional_float(text: str) -> float | None:
     """A number, or None for "none"."""
     return None if text == "none" else float(text)
+
+
+def method_or_file(text: str) -> str | Path:
+    """Where prototypes come from."""
+    return Path(text) if text.endswith(".npy") else text
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -332,12 +339,25 @@ def free_class_vectors(args: argparse.Namespace, in_features: int, dim: int, ind
     return FreeClassVectors(in_features, args.num_classes, dim, args.projection, args.seed + index)
 
 
+def load_bank(bank: str | Path) -> str | hyperproto.PrototypeBank:
+    """What hyperproto takes as bank: the method's name, or the prototypes of a file."""
+    if isinstance(bank, str):
+        return bank
+    try:
+        rows = np.load(bank)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{bank}: expected a .npy file of C x D numbers, got: {error}")
+    return hyperproto.PrototypeBank.from_tensor(torch.from_numpy(rows))
+
+
 def check_final_head(args: argparse.Namespace, num_heads: int) -> None:
     """Stop if the model cannot get the final head, before all epochs are spent."""
     if args.final_dim is None:
         return
     if args.final_bank not in (None, "class-vectors"):
-        hyperproto.PrototypeBank(args.num_classes, args.final_dim, method=args.final_bank, seed=args.seed)
+        hyperproto.HypersphericalHead(
+            args.final_dim, args.num_classes, dim=args.final_dim, bank=load_bank(args.final_bank), seed=args.seed
+        )
         return
     if not 2 <= args.final_dim <= args.num_classes:
         sys.exit(f"--final-dim of class vectors is from 2 to the number of classes, {args.num_classes}.")
@@ -468,7 +488,8 @@ class Trainer:
         self.free = args.head == "softmax" and args.dim is not None
         if args.head != "softmax" or self.free:
             dim = args.num_classes if args.head == "etf" and args.dim is None else args.dim
-            hyperproto.convert_model(model, dim=dim, bank=args.bank, projection=args.projection, seed=args.seed)
+            bank = load_bank(args.bank)
+            hyperproto.convert_model(model, dim=dim, bank=bank, projection=args.projection, seed=args.seed)
             heads = hyperproto.get_heads(model)
             self.heads = list(heads)
             for index, (name, head) in enumerate(heads.items()):
@@ -541,8 +562,9 @@ class Trainer:
                 )
             else:
                 hyperproto.restore_model(model)
+                bank = load_bank(args.final_bank)
                 hyperproto.convert_model(
-                    model, dim=args.final_dim, bank=args.final_bank, projection=args.projection, seed=args.seed
+                    model, dim=args.final_dim, bank=bank, projection=args.projection, seed=args.seed
                 )
                 hyperproto.fit_head(model, self.loaders.fit)
                 hyperproto.refit_head(model, self.loaders.fit, scale=args.scale, iterations=args.refit)
@@ -809,8 +831,9 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 def described(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that decide a result."""
-    return {key: value for key, value in vars(args).items() if key not in LOCAL_ARGUMENTS}
+    """The arguments that decide a result, of files the names."""
+    arguments = {key: value for key, value in vars(args).items() if key not in LOCAL_ARGUMENTS}
+    return {key: value.name if isinstance(value, Path) else value for key, value in arguments.items()}
 
 
 def summarise(trainer: Trainer, class_counts: Tensor) -> dict[str, Any]:

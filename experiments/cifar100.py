@@ -11,9 +11,9 @@
     python experiments/tables.py                                          # docs/results.md from all results
 
 DATA is a folder of class folders of CIFAR-100, DATA/train/<class>/*.png and DATA/test/<class>/*.png. "long-tail" has
-the 10,847 images of the published profile at imbalance 0.01, "published" the 12,608 of 0.02, the others 200 training
-images of each class. Other flags go to train.py, such as --precision bf16 and --threads 1, which change rounding only.
-Runs that are interrupted go on where they stopped, and those that train as another one did take its epochs from there.
+the 10,847 images of the published profile at imbalance 0.01, "published" and "quarter" the 12,608 of 0.02, the others
+200 training images of each class. Other flags go to train.py, such as --precision bf16 and --threads 1, which change
+rounding only. Runs that are interrupted go on where they stopped, and those that train as another one take its epochs.
 """
 
 import argparse
@@ -26,6 +26,9 @@ from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from published_banks import published_prototypes
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))
@@ -61,6 +64,9 @@ WIDE = ("ETF [2]", "simplex, refitted")
 #: Of a suite, another one whose data and budget it has, and whose trainings serve it.
 TRAINED_IN = {"banks": "balanced", "ablation": "balanced", "variants": "balanced"}
 
+#: File of the bank that minimises the published potential as far as it was published.
+AS_PUBLISHED = "uniform-as-published-{dim}.npy"
+
 #: Training towards the simplex, and the refit.
 RECIPE = "--head etf --loss cross-entropy --lr 0.2 --refit 200"
 #: Training towards fixed prototypes in half as many dimensions as there are classes, and the refit.
@@ -83,7 +89,7 @@ METHODS: dict[str, dict[str, str]] = {
     "banks": {
         bank: f"{RECIPE} --dim 100 --final-dim {{dim}} --final-bank {bank}"
         for bank in ("orthoplex", "separated", "hpn", "uniform", "random")
-    },
+    } | {"uniform, as published": f"{RECIPE} --dim 100 --final-dim {{dim}} --final-bank {AS_PUBLISHED}"},
     "ablation": {
         "the recipe": f"{RECIPE} --dim {{dim}}",
         "no batch norm before the normalisation": f"{RECIPE} --dim {{dim}} --projection linear",
@@ -112,6 +118,7 @@ METHODS: dict[str, dict[str, str]] = {
         "DL2PA [1]": "--head dl2pa --dim {dim}",
         "ETF + dot regression [2]": "--head etf --loss long-tail --dim {dim}",
         "softmax": "--head softmax --dim {dim}",
+        "softmax, refitted": "--head softmax --dim {dim} --refit 200",
         "simplex at the end": "--head softmax --dim {dim} --refit 200 --final-dim {dim} --final-bank simplex",
     },
 }
@@ -194,6 +201,14 @@ def trained_epochs(suite: str, flags: list[str]) -> Path | None:
     return None
 
 
+def save_published_banks() -> None:
+    """Write the files that some runs of "banks" read."""
+    (HERE / "output").mkdir(exist_ok=True)
+    for dim in DIMS["banks"]:
+        rows = published_prototypes(NUM_CLASSES, dim, "uniformity")
+        np.save(HERE / "output" / AS_PUBLISHED.format(dim=dim), rows.numpy())
+
+
 def results_of(suite: str) -> list[dict[str, Any]]:
     """All result lines of a suite."""
     path = HERE / "results" / f"{suite}.jsonl"
@@ -218,7 +233,8 @@ def main() -> None:
         output = output_of(arguments.suite, flags)
         output.mkdir(parents=True, exist_ok=True)
         print(f"{name}: {' '.join(flags)} -> {output}", flush=True)
-        command = [sys.executable, str(HERE.parent / "examples/train.py"), str(arguments.data), *flags]
+        located = [str(HERE / "output" / flag) if flag.endswith(".npy") else flag for flag in flags]
+        command = [sys.executable, str(HERE.parent / "examples/train.py"), str(arguments.data), *located]
         cache = HERE / "output" / f"{TRAINED_IN.get(arguments.suite, arguments.suite)}.pt"
         command += ["--cache", str(cache), "--output", str(output), "--resume"]
         command += ["--results", str(HERE / "results" / f"{arguments.suite}.jsonl"), "--quiet"]
@@ -233,6 +249,8 @@ def main() -> None:
         for name, flags in missing:
             print(f"{name}: {' '.join(flags)}")
         return
+    if arguments.suite == "banks":
+        save_published_banks()
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(start, missing[: arguments.limit]))
 

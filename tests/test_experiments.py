@@ -3,12 +3,16 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+import hyperproto
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import cifar100  # noqa: E402
+import published_banks  # noqa: E402
 import tables  # noqa: E402
 import train  # noqa: E402
 
@@ -58,6 +62,32 @@ def test_every_result_is_that_of_one_run(suite):
     assert found
     assert all(arguments in listed for arguments in found)
     assert all(found.count(arguments) == 1 for arguments in found)
+
+
+@pytest.mark.parametrize("objective", ["uniformity", "maxima"])
+def test_published_banks_stop_on_their_way_to_the_minimum(objective):
+    def value(rows: np.ndarray) -> float:
+        cosines = rows @ rows.T
+        if objective == "maxima":
+            return float((cosines - 2 * np.eye(len(rows))).max(axis=1).mean())
+        squared_distances = np.square(rows[:, None] - rows[None]).sum(axis=2)
+        return float(np.log(np.exp(-2 * squared_distances)[~np.eye(len(rows), dtype=bool)].mean()))
+
+    first, last = (
+        published_banks.published_prototypes(100, 10, objective, steps=steps).double().numpy() for steps in (0, 1000)
+    )
+    np.testing.assert_allclose(np.linalg.norm(last, axis=1), 1.0, atol=1e-6)
+    method = {"uniformity": "uniform", "maxima": "hpn"}[objective]
+    minimum = hyperproto.PrototypeBank(100, 10, method=method).prototypes.double().numpy()
+    assert value(minimum) < value(last) < value(first)
+
+
+def test_published_banks_are_files_that_the_runs_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar100, "HERE", tmp_path)
+    cifar100.save_published_banks()
+    wanted = {flag for _, flags in cifar100.runs("banks") for flag in flags if flag.endswith(".npy")}
+    shapes = {path.name: np.load(path).shape for path in (tmp_path / "output").iterdir()}
+    assert shapes == {name: (100, int(name.removesuffix(".npy").split("-")[-1])) for name in wanted}
 
 
 def test_the_pages_show_what_the_results_say(tmp_path, monkeypatch):

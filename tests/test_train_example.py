@@ -292,6 +292,43 @@ def test_final_heads_that_the_model_cannot_get_are_refused(folder):
             trainer_of(folder, *flags, dim, "--final-bank", bank)
 
 
+@pytest.fixture
+def prototypes(tmp_path) -> Path:
+    """A file of one's own prototypes, not of length 1."""
+    path = tmp_path / "own.npy"
+    np.save(path, np.random.default_rng(0).normal(size=(NUM_CLASSES, 3)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("flag", "flags"), [("--bank", ["--head", "dl2pa", "--dim", "3"]), ("--final-bank", ["--final-dim", "3"])]
+)
+def test_prototypes_come_from_a_file_whose_name_the_result_tells(folder, tmp_path, prototypes, flag, flags):
+    flags = [*flags, flag, str(prototypes), "--refit", "5"]
+    output = tmp_path / "run"
+    result = run(folder, tmp_path / "results.jsonl", *flags, "--output", str(output))
+    assert result["arguments"][flag.removeprefix("--").replace("-", "_")] == "own.npy"
+    trainer = trainer_of(folder, *flags)
+    trainer.resume(output)
+    trainer.train()
+    head = next(iter(hyperproto.get_heads(trainer.model).values()))
+    rows = np.load(prototypes)
+    expected = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    np.testing.assert_allclose(head.bank.prototypes, expected, atol=1e-6)
+
+
+def test_files_that_hold_no_prototypes_are_refused(folder, tmp_path, prototypes):
+    with pytest.raises(SystemExit, match=r"expected a \.npy file of C x D numbers"):
+        trainer_of(folder, "--head", "dl2pa", "--dim", "3", "--bank", str(tmp_path / "missing.npy"))
+    with pytest.raises(SystemExit, match=r"expected a \.npy file of C x D numbers"):
+        trainer_of(folder, "--final-dim", "3", "--final-bank", str(tmp_path / "missing.npy"))
+    with pytest.raises(hyperproto.HyperprotoError, match="3"):
+        trainer_of(folder, "--final-dim", "2", "--final-bank", str(prototypes))
+    np.save(prototypes, np.eye(NUM_CLASSES - 1))
+    with pytest.raises(hyperproto.HyperprotoError, match=str(NUM_CLASSES)):
+        trainer_of(folder, "--final-dim", "3", "--final-bank", str(prototypes))
+
+
 def test_several_processes_keep_no_checkpoint_between_assignment_steps(folder, tmp_path, monkeypatch):
     flags = ["--head", "dl2pa", "--dim", "3", "--assign-every", "2"]
     trainer_of(folder, *flags, "--output", str(tmp_path))

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from typing import Literal
 
 import assignment
 import scipy
@@ -25,12 +26,16 @@ from torch.nn.functional import cross_entropy
 
 import hyperproto
 
+HERE = Path(__file__)
+ROOT = HERE.parents[2]
+sys.path.insert(0, str(ROOT / "experiments"))
+
+from published_banks import published_prototypes  # noqa: E402
+
 BATCH, DIM = 256, 512
 
 #: Up to so many classes nn.Linear and a head take turns in one process, and their ratio is of that.
 LARGEST_ALTERNATING = 10_000
-HERE = Path(__file__)
-ROOT = HERE.parents[2]
 
 
 # The cases. Each runs in a process of its own and returns seconds and MiB.
@@ -146,29 +151,15 @@ def bank(num_prototypes: int, dim: int, method: str) -> dict[str, float]:
     return {"seconds": seconds, "mib": memory.mib, "max_cosine": report.max_cosine, "bound": report.lower_bound}
 
 
-def published_bank(num_prototypes: int, dim: int, objective: str, steps: int = 1000) -> dict[str, float]:
-    """The recipes that papers publish banks with: SGD with momentum on rows that are normalised after each step."""
-    generator = torch.Generator().manual_seed(0)
-    points = nn.functional.normalize(torch.randn(num_prototypes, dim, generator=generator)).requires_grad_()
-    optimizer = torch.optim.SGD([points], lr=0.1, momentum=0.9)
-    off_diagonal = ~torch.eye(num_prototypes, dtype=torch.bool)
+def published_bank(num_prototypes: int, dim: int, objective: Literal["uniformity", "maxima"]) -> dict[str, float]:
+    banks: list[torch.Tensor] = []
 
     def run() -> None:
-        for _ in range(steps):
-            optimizer.zero_grad()
-            cosines = points @ points.T
-            if objective == "uniformity":
-                loss = (4.0 * cosines[off_diagonal] - 4.0).exp().mean().log()
-            else:
-                loss = (cosines - 2.0 * torch.eye(num_prototypes)).amax(dim=1).mean()
-            loss.backward()
-            optimizer.step()
-            with torch.no_grad():
-                points.copy_(nn.functional.normalize(points))
+        banks.append(published_prototypes(num_prototypes, dim, objective))
 
     with PeakMemory() as memory:
         seconds = time_calls(run, repeats=1, warm_up=0)
-    report = hyperproto.PrototypeBank.from_tensor(points.detach()).report()
+    report = hyperproto.PrototypeBank.from_tensor(banks[-1]).report()
     return {"seconds": seconds, "mib": memory.mib, "max_cosine": report.max_cosine, "bound": report.lower_bound}
 
 
