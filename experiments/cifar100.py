@@ -8,6 +8,7 @@
     python experiments/cifar100.py cost DATA                              # time and memory, on a quiet machine
     python experiments/cifar100.py long-tail DATA --list                  # what is done and what is not
     python experiments/cifar100.py published DATA                         # 200 epochs each: for a GPU
+    python experiments/cifar100.py quarter DATA --jobs 2 --threads 1      # of the published epochs, all else the same
     python experiments/tables.py                                          # docs/results.md from all results
 
 DATA is a folder of class folders of CIFAR-100, DATA/train/<class>/*.png and DATA/test/<class>/*.png. "long-tail" has
@@ -48,6 +49,7 @@ SEEDS = {
     "cost": (0, 1),
     "long-tail": (0, 1, 2),
     "published": (0,),
+    "quarter": (0,),
 }
 DIMS = {
     "balanced": (100, 50, 25, 10),
@@ -58,6 +60,7 @@ DIMS = {
     "cost": (50,),
     "long-tail": (100,),
     "published": (128,),
+    "quarter": (128,),
 }
 #: How the names of methods begin whose heads have no fewer dimensions than classes.
 WIDE = ("ETF [2]", "simplex, refitted")
@@ -119,6 +122,7 @@ METHODS: dict[str, dict[str, str]] = {
         "ETF + dot regression [2]": "--head etf --loss long-tail --dim {dim}",
         "softmax": "--head softmax --dim {dim}",
         "softmax, refitted": "--head softmax --dim {dim} --refit 200",
+        "softmax, refitted, 100 iterations": "--head softmax --dim {dim} --refit 100",
         "simplex at the end": "--head softmax --dim {dim} --refit 200 --final-dim {dim} --final-bank simplex",
     },
 }
@@ -127,6 +131,12 @@ METHODS["cost"] = {
     for method in (
         "softmax", "softmax at D = 100, then softmax at D", "simplex, then class-vector prototypes", "HPN, static [3]",
         "DL2PA [1]",
+    )
+}
+METHODS["quarter"] = {
+    method: METHODS["published"][method]
+    for method in (
+        "DL2PA [1]", "softmax", "softmax, refitted", "softmax, refitted, 100 iterations", "simplex at the end",
     )
 }
 METHODS["selection"] = {
@@ -156,6 +166,8 @@ BUDGET = {
     "long-tail": "--model cifar_resnet20 --epochs 20 --projection linear+bn --mixup 1.0",
     # The data are long-tailed already, and whole.
     "published": "--preset cifar100-lt --imbalance 1.0 --holdout 0",
+    # The learning rate falls at the same shares of the epochs.
+    "quarter": "--preset cifar100-lt --imbalance 1.0 --holdout 0 --epochs 50 --milestones 40 45",
 }
 
 

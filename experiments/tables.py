@@ -78,7 +78,7 @@ def shown(lines: list[dict[str, Any]], key: str) -> str:
 
 def table(suite: str) -> str:
     """One row for each method and dimension that has results."""
-    groups = suite in ("long-tail", "published")
+    groups = suite in ("long-tail", "published", "quarter")
     figures = {name: key for name, key in FIGURES.items() if groups or name not in GROUPS}
     names = COSTS if suite == "cost" else figures
     header = ["D", "method", "n", *names]
