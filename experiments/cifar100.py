@@ -5,6 +5,7 @@
     python experiments/cifar100.py ablation DATA --jobs 2 --threads 1     # the recipe less one part at a time
     python experiments/cifar100.py selection DATA --jobs 2 --threads 1    # learning rates, on held-out training images
     python experiments/cifar100.py variants DATA --jobs 2 --threads 1     # of balanced: learning rate, start
+    python experiments/cifar100.py longer DATA --jobs 2 --threads 1       # balanced, three times as many epochs
     python experiments/cifar100.py cost DATA                              # time and memory, on a quiet machine
     python experiments/cifar100.py long-tail DATA --list                  # what is done and what is not
     python experiments/cifar100.py published DATA                         # 200 epochs each: for a GPU
@@ -46,6 +47,7 @@ SEEDS = {
     "ablation": (0,),
     "selection": (0, 1, 2),
     "variants": (0, 1, 2),
+    "longer": (0,),
     "cost": (0, 1),
     "long-tail": (0, 1, 2),
     "published": (0,),
@@ -57,6 +59,7 @@ DIMS = {
     "ablation": (100,),
     "selection": (100,),
     "variants": (100, 50),
+    "longer": (100, 50),
     "cost": (50,),
     "long-tail": (100,),
     "published": (128,),
@@ -133,6 +136,13 @@ METHODS["cost"] = {
         "DL2PA [1]",
     )
 }
+METHODS["longer"] = {
+    method: METHODS["balanced"][method]
+    for method in (
+        "softmax", "softmax, refitted", "softmax at D = 100, then softmax at D", "ETF [2]", "simplex, refitted",
+        "simplex, then class-vector prototypes",
+    )
+}
 METHODS["quarter"] = {
     method: METHODS["published"][method]
     for method in (
@@ -159,6 +169,7 @@ METHODS["variants"] = {
 # fmt: on
 BUDGET = {
     "balanced": "--model cifar_resnet20 --epochs 10 --projection linear+bn",
+    "longer": "--model cifar_resnet20 --epochs 30 --projection linear+bn",
     # One epoch takes as long as another.
     "cost": "--model cifar_resnet20 --epochs 1 --projection linear+bn",
     # Of the training images alone.
