@@ -35,6 +35,9 @@ __all__ = [
 Reduction = Literal["mean", "sum", "none"]
 AssignmentMethod = Literal["auto", "dense", "sparse"]
 
+#: Asked for once: in a compiled loss `get_args` is a graph break in torch 2.6.
+REDUCTIONS = get_args(Reduction)
+
 #: What no label is. `F.cross_entropy` drops its default, -100, without a word where nothing has checked the range.
 NO_LABEL = -(2**63)
 
@@ -346,8 +349,8 @@ def _total_similarity(means: Tensor, prototypes: Tensor, assignment: Tensor, wei
 
 def check_reduction(reduction: Reduction) -> None:
     """Raise ArgumentError unless `reduction` is "mean", "sum" or "none"."""
-    if reduction not in get_args(Reduction):
-        raise ArgumentError(f"reduction must be one of {', '.join(map(repr, get_args(Reduction)))}, got {reduction!r}.")
+    if reduction not in REDUCTIONS:
+        raise ArgumentError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}.")
 
 
 def _check_problem(class_means: Tensor, prototypes: Tensor, weights: Tensor | None, prices: Tensor | None) -> None:

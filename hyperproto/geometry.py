@@ -115,23 +115,25 @@ def largest_cosines(prototypes: Tensor) -> Tensor:
 
     $$ \max_{j \neq i} \langle w_i, w_j \rangle $$
 
-    Summed in float64 and in blocks: time grows with P^2 D, memory does not.
+    Summed in float64 on the CPU, since not every device has float64, and in blocks: time grows with P^2 D, memory does
+    not.
 
     Args:
         prototypes: (P, D) unit rows, P >= 2.
 
     Returns:
-        (P,) float32.
+        (P,) float32 on the CPU.
 
     Examples:
         >>> largest_cosines(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, -1.0]]))
         tensor([0.6000, 0.6000, 0.0000])
     """
-    largest = torch.full((len(prototypes),), -torch.inf, dtype=_summing_dtype(prototypes), device=prototypes.device)
+    prototypes = prototypes.cpu()
+    largest = torch.full((len(prototypes),), -torch.inf, dtype=torch.float64, device="cpu")
     blocks, results = torch.split(prototypes, BLOCK_ROWS), torch.split(largest, BLOCK_ROWS)
     for i, rows in enumerate(blocks):
         for j in range(i, len(blocks)):
-            cosines = rows.to(largest.dtype) @ blocks[j].to(largest.dtype).T
+            cosines = rows.double() @ blocks[j].double().T
             if i == j:
                 cosines.fill_diagonal_(-torch.inf)
             results[i].copy_(torch.maximum(results[i], cosines.amax(dim=1)))
@@ -148,18 +150,19 @@ def sampled_largest_cosines(prototypes: Tensor, num_rows: int) -> Tensor:
         num_rows: how many rows; all of them if there are fewer.
 
     Returns:
-        (min(num_rows, P),) float32.
+        (min(num_rows, P),) float32 on the CPU.
 
     Examples:
         >>> sampled_largest_cosines(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, -1.0]]), 1)
         tensor([0.6000])
     """
+    prototypes = prototypes.cpu()
     num_rows = min(num_rows, len(prototypes))
-    chosen = torch.arange(num_rows, device=prototypes.device) * len(prototypes) // num_rows
-    rows = prototypes[chosen].to(_summing_dtype(prototypes))
+    chosen = torch.arange(num_rows, device="cpu") * len(prototypes) // num_rows
+    rows = prototypes[chosen].double()
     largest = rows.new_full((num_rows,), -torch.inf)
     for start in range(0, len(prototypes), BLOCK_ROWS):
-        cosines = rows @ prototypes[start : start + BLOCK_ROWS].to(rows.dtype).T  # (rows, block)
+        cosines = rows @ prototypes[start : start + BLOCK_ROWS].double().T  # (rows, block)
         places = chosen - start
         own = torch.nonzero((places >= 0) & (places < cosines.shape[1])).flatten()
         cosines[own, places[own]] = -torch.inf
@@ -197,11 +200,6 @@ def spanning_rows(rows: Tensor) -> Tensor:
         if len(sample) == num_rows or abs(triangle[count - 1, count - 1]) >= SMALLEST_PIVOT:
             return sample[torch.from_numpy(order[:count]).long()]
         sample = torch.arange(num_rows, device="cpu")
-
-
-def _summing_dtype(tensor: Tensor) -> torch.dtype:
-    # Apple's GPUs have no float64.
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def cosine_lower_bound(num_points: int, dim: int) -> tuple[float, str]:

@@ -22,7 +22,7 @@ from hyperproto.geometry import SMALLEST_SPANNING, normalise, spanning_rows
 from hyperproto.logits import default_logit_scale, scaled_cosines
 from hyperproto.matching.check import check_assignment
 from hyperproto.precision import full_precision, keeping_dtype
-from hyperproto.projection import Projection, build_projection, check_features
+from hyperproto.projection import Projection, build_projection, check_features, unflatten_rows
 
 TrainingOutput = Literal["logits", "embedding"]
 
@@ -31,6 +31,7 @@ TrainingOutput = Literal["logits", "embedding"]
 torch.fx.wrap("check_features")
 torch.fx.wrap("normalise")
 torch.fx.wrap("scaled_cosines")
+torch.fx.wrap("unflatten_rows")
 
 #: Classes that `HypersphericalHead.topk` compares at a time.
 TOPK_CHUNK = 16_384
@@ -159,7 +160,7 @@ class HypersphericalHead(nn.Module):
             check_features(features, self.in_features)
         # In rows: what torch.nn.SyncBatchNorm.convert_sync_batchnorm puts in takes the second dimension for channels.
         rows = self.projection(features.flatten(0, -2))
-        return normalise(torch.unflatten(rows, 0, features.shape[:-1]))
+        return unflatten_rows(normalise(rows), features)
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -23,11 +23,16 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
         ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
         torch.float32
     """
-    # Entering a disabled autocast unconditionally would leave a higher-order op in every exported graph. Not every
-    # device has an autocast to ask for ("meta" has none).
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    # Entering a disabled autocast unconditionally would leave a higher-order op in every exported graph.
+    if _has_autocast(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+# Asking is a graph break before torch 2.14. The answer depends on nothing but the kind of device ("meta" has none).
+@torch.compiler.assume_constant_result
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def keeping_dtype(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -125,6 +125,11 @@ def check_features(features: Tensor, in_features: int) -> None:
         )
 
 
+def unflatten_rows(rows: Tensor, features: Tensor) -> Tensor:
+    """(N, D) as (..., D), with the leading dimensions of `features` (..., in_features), whose product N is."""
+    return torch.unflatten(rows, 0, features.shape[:-1])
+
+
 # Leaves to torch.fx: what depends on a shape or on autocast is decided when a traced graph runs.
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from hyperproto.matching.candidates import GRID, Candidates, FloatArray, IntArray, Problem, on_grid
 from hyperproto.matching.prices import exact_prices, first_prices, smooth_prices
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 #: Rounds of matching and scanning. One to three close nearly every problem.
 MAX_ROUNDS = 30
@@ -151,7 +155,6 @@ def _activate_tightest(candidates: Candidates, prices: FloatArray, per_label: in
 
 def _match(candidates: Candidates, prices: FloatArray) -> IntArray:
     """Optimal assignment over the active pairs; where they allow none, over twice as many, and so on."""
-    from scipy.sparse import csr_array
     from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
     shape = (len(candidates.left_out), len(candidates.prices))
@@ -163,9 +166,9 @@ def _match(candidates: Candidates, prices: FloatArray) -> IntArray:
         active = candidates.active
         losses = -candidates.reduced_costs(on_grid(candidates.profits(known)), known)[active]
         # Shifted above zero, which the solver would take for a missing pair.
-        entries = losses - losses.min() + 1.0, (candidates.rows[active], candidates.columns[active])
+        graph = _table(losses - losses.min() + 1.0, candidates.rows[active], candidates.columns[active], shape)
         try:
-            _, assignment = min_weight_full_bipartite_matching(csr_array(entries, shape=shape))
+            _, assignment = min_weight_full_bipartite_matching(graph)
         except ValueError:
             if active.all():
                 raise
@@ -182,7 +185,6 @@ def _with_fewest_moves(
 
     All of them use only pairs whose reduced cost is zero.
     """
-    from scipy.sparse import csr_array
     from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
     problem = candidates.problem
@@ -191,13 +193,20 @@ def _with_fewest_moves(
     if len(rows) == len(assignment):
         return assignment
     costs = 2.0 + (problem.current[rows] != columns) + problem.occupied[columns]
-    graph = csr_array((costs, (rows, columns)), shape=(len(assignment), len(prices)))
+    graph = _table(costs, rows, columns, (len(assignment), len(prices)))
     _, chosen = min_weight_full_bipartite_matching(graph)
     # A prototype that has a price must not be left over.
-    table = csr_array((values + 2.0, (rows, columns)), shape=graph.shape)
+    table = _table(values + 2.0, rows, columns, graph.shape)
     everyone = np.arange(len(assignment))
     worse = table[everyone, chosen].sum() < table[everyone, assignment].sum() - TIGHT
     return assignment if worse else chosen.astype(np.int64)
+
+
+def _table(values: FloatArray, rows: IntArray, columns: IntArray, shape: tuple[int, int]) -> csr_array:
+    """The listed pairs as a sparse matrix, in the 32-bit indices to which scipy's matching is bound before 1.13."""
+    from scipy.sparse import csr_array
+
+    return csr_array((values, (rows.astype(np.int32), columns.astype(np.int32))), shape=shape)
 
 
 def _activate_better(candidates: Candidates, added: IntArray, profits: FloatArray, prices: FloatArray) -> int:
