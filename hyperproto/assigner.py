@@ -63,8 +63,10 @@ class AssignmentStep:
 class DynamicAssigner(nn.Module):
     r"""Keeps a running mean embedding of every label and matches labels to prototypes by it.
 
-    .. math:: m_c \leftarrow \operatorname{normalise}(\mu \, m_c + (1 - \mu) \, \bar z_c), \qquad
-              \sigma = \arg\max_{\sigma \text{ injective}} \sum_c \langle m_c, w_{\sigma(c)} \rangle
+    $$
+    m_c \leftarrow \operatorname{normalise}(\mu \, m_c + (1 - \mu) \, \bar z_c), \qquad
+        \sigma = \arg\max_{\sigma \text{ injective}} \sum_c \langle m_c, w_{\sigma(c)} \rangle
+    $$
 
     The criteria of this library call `update` with each training batch; the training loop calls `step` once an epoch.
     All heads of a model share one bank and one assignment, and both stay on the heads: an assigner can be thrown away
@@ -89,7 +91,7 @@ class DynamicAssigner(nn.Module):
         BankError: its heads do not share one bank.
         ArgumentError: momentum outside [0, 1), or a process group without this rank.
 
-    Example:
+    Examples:
         >>> head = HypersphericalHead(8, 4, dim=2)
         >>> assigner = DynamicAssigner(head)
         >>> assigner.update(head(torch.randn(16, 8)), torch.arange(16) % 4)
@@ -222,7 +224,7 @@ class DynamicAssigner(nn.Module):
         means by its own batches, and they are combined with weights n, the samples of the label on each rank since
         the last step; no order of the ranks enters but that in which torch.distributed adds up.
 
-        .. math:: m_c = \operatorname{normalise}\Big(\sum_r n_{rc} \, m_{rc}\Big)
+        $$ m_c = \operatorname{normalise}\Big(\sum_r n_{rc} \, m_{rc}\Big) $$
 
         Returns:
             What changed.

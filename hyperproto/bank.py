@@ -79,7 +79,7 @@ class PrototypeBank(nn.Module):
         BankError: a method that does not exist or cannot place P prototypes in dimension D, or options of another
             method.
 
-    Example:
+    Examples:
         >>> bank = PrototypeBank(100, 50)
         >>> bank.prototypes.shape, bank.method
         (torch.Size([100, 50]), 'orthoplex')
@@ -130,7 +130,7 @@ class PrototypeBank(nn.Module):
             ShapeError: not a floating matrix of at least two rows and two columns.
             BankError: rows that have no direction; the message names the first few.
 
-        Example:
+        Examples:
             >>> PrototypeBank.from_tensor(torch.tensor([[2.0, 0.0], [0.0, -3.0]])).prototypes
             tensor([[ 1.,  0.],
                     [ 0., -1.]])
@@ -168,7 +168,7 @@ class PrototypeBank(nn.Module):
             BankError: vectors that are not finite, equal to the mean of all, without a part in the D leading
                 directions, or equal in these.
 
-        Example:
+        Examples:
             >>> classifier = nn.Linear(64, 100)
             >>> bank = PrototypeBank.from_class_vectors(classifier.weight, dim=50)
             >>> bank.prototypes.shape, bank.method
@@ -214,7 +214,7 @@ class PrototypeBank(nn.Module):
         Takes O(P D) memory, and O(P^2 D) time up to 50,000 prototypes; beyond, a code's cosine is known from its
         weight distribution, and other banks are sampled. `source` says which.
 
-        Example:
+        Examples:
             >>> print(PrototypeBank(4, 3).report())
             largest cosine -0.3333 (nearest pair 109.5 degrees apart), lower bound -0.3333 (rankin), gap 0.0000;
             mean over rows -0.3333; length of the mean 0.0000 (from all pairs)

@@ -22,7 +22,7 @@ SCALE_BOUNDS = (1e-2, 1e4)
 def fit_logit_scale(model: nn.Module, loader: Iterable[Any]) -> float:
     r"""Scale s that minimises the negative log-likelihood of held-out data; set on the model's heads in place.
 
-    .. math:: s = \arg\min_s \; -\frac1N \sum_b \log \operatorname{softmax}(s \, \cos_b)_{y_b}
+    $$ s = \arg\min_s \; -\frac1N \sum_b \log \operatorname{softmax}(s \, \cos_b)_{y_b} $$
 
     One pass in eval mode without gradients; modes and the global generator are as before afterwards. The ranking of
     classes does not change, only how sure the probabilities are. Use data apart from training and test set. Under
@@ -40,7 +40,7 @@ def fit_logit_scale(model: nn.Module, loader: Iterable[Any]) -> float:
         HeadNotFoundError: the model has no hyperspherical head.
         ArgumentError: the loader is empty, or the model's outputs are not finite; the old scale stays.
 
-    Example:
+    Examples:
         >>> head = HypersphericalHead(8, 4, dim=3)
         >>> features = torch.randn(64, 8)
         >>> scale = fit_logit_scale(head, [(features, head(features).argmax(dim=1))])

@@ -25,7 +25,7 @@ SAME_PROTOTYPES = 1e-4
 def format_version() -> Tensor:
     """The buffer `format_version` of a module: () int64.
 
-    Example:
+    Examples:
         >>> format_version()
         tensor(1)
     """

@@ -49,7 +49,7 @@ DENSE_BYTES = 2**32
 def balanced_loss(cosines: Tensor, target: Tensor, *, reduction: Reduction = "mean") -> Tensor:
     r"""Squared pull of each sample towards the prototype of its label.
 
-    .. math:: \ell_b = \left(1 - \langle z_b, w_{\sigma(y_b)} \rangle\right)^2
+    $$ \ell_b = \left(1 - \langle z_b, w_{\sigma(y_b)} \rangle\right)^2 $$
 
     Soft targets weigh the pulls towards all labels: linear in the targets.
 
@@ -64,7 +64,7 @@ def balanced_loss(cosines: Tensor, target: Tensor, *, reduction: Reduction = "me
     Raises:
         LabelError, ShapeError: target does not fit.
 
-    Example:
+    Examples:
         >>> cosines = torch.tensor([[0.5, 0.0], [0.0, 1.0]])
         >>> balanced_loss(cosines, torch.tensor([0, 1]), reduction="none")
         tensor([0.2500, 0.0000])
@@ -81,7 +81,7 @@ def long_tail_loss(
 ) -> Tensor:
     r"""Dot regression: the squared pull, with classes weighed by the inverse of their frequency.
 
-    .. math:: \ell_b = \tfrac{1}{2} E_{y_b}^2 \left(1 - \langle z_b, w_{\sigma(y_b)} \rangle\right)^2
+    $$ \ell_b = \tfrac{1}{2} E_{y_b}^2 \left(1 - \langle z_b, w_{\sigma(y_b)} \rangle\right)^2 $$
 
     Args:
         cosines: (B, C).
@@ -96,7 +96,7 @@ def long_tail_loss(
         LabelError, ShapeError: target does not fit.
         ArgumentError: class_counts are not C positive numbers.
 
-    Example:
+    Examples:
         >>> cosines = torch.zeros(3, 2)
         >>> long_tail_loss(cosines, torch.tensor([0, 0, 1]), reduction="none")
         tensor([0.3750, 0.3750, 0.7500])
@@ -122,7 +122,7 @@ def prototype_cross_entropy(
 ) -> Tensor:
     r"""Cross-entropy over scaled cosines with fixed prototypes ("ETF + CE").
 
-    .. math:: \ell_b = -\log \frac{\exp(s \cos_{b, y_b})}{\sum_c \exp(s \cos_{b, c})}
+    $$ \ell_b = -\log \frac{\exp(s \cos_{b, y_b})}{\sum_c \exp(s \cos_{b, c})} $$
 
     Args:
         cosines: (B, C).
@@ -137,7 +137,7 @@ def prototype_cross_entropy(
     Raises:
         LabelError, ShapeError: target does not fit.
 
-    Example:
+    Examples:
         >>> prototype_cross_entropy(torch.zeros(1, 4), torch.tensor([2])).exp()
         tensor(4.)
 
@@ -157,7 +157,7 @@ def pull_loss(
 ) -> Tensor:
     r"""What the pull losses share.
 
-    .. math:: \ell_b = \sum_k t_{bk} \, a_{bk} (1 - \cos_{bk})^2
+    $$ \ell_b = \sum_k t_{bk} \, a_{bk} (1 - \cos_{bk})^2 $$
 
     Args:
         selected: (B, 1) cosine with the own label's prototype, or (B, C) all cosines for soft targets.
@@ -174,7 +174,7 @@ def pull_loss(
 
 
 def batch_squared_lengths(target: Tensor) -> Tensor:
-    r"""Squared class lengths :math:`E_c^2 = \gamma / n_c`, :math:`\gamma = B /` (classes present), from one batch.
+    r"""Squared class lengths $E_c^2 = \gamma / n_c$, $\gamma = B /$ (classes present), from one batch.
 
     Args:
         target: labels (B,) or soft targets (B, C), whose sums are the counts n.
@@ -182,7 +182,7 @@ def batch_squared_lengths(target: Tensor) -> Tensor:
     Returns:
         (B, 1) for labels, each sample's own; (1, C) for soft targets, 0 for classes that are absent.
 
-    Example:
+    Examples:
         >>> batch_squared_lengths(torch.tensor([0, 0, 1])).flatten()
         tensor([0.7500, 0.7500, 1.5000])
     """
@@ -197,7 +197,7 @@ def batch_squared_lengths(target: Tensor) -> Tensor:
 
 
 def squared_class_lengths(class_counts: Tensor, num_classes: int) -> Tensor:
-    r"""Squared class lengths :math:`E_c^2 = \gamma / n_c`, :math:`\gamma = N / C`, from the whole training set.
+    r"""Squared class lengths $E_c^2 = \gamma / n_c$, $\gamma = N / C$, from the whole training set.
 
     Args:
         class_counts: (C,) positive numbers of training samples.
@@ -209,7 +209,7 @@ def squared_class_lengths(class_counts: Tensor, num_classes: int) -> Tensor:
     Raises:
         ArgumentError: not C positive finite numbers.
 
-    Example:
+    Examples:
         >>> squared_class_lengths(torch.tensor([30, 10]), 2)
         tensor([0.6667, 2.0000])
     """
@@ -256,7 +256,7 @@ def solve_assignment(
 ) -> AssignmentSolution:
     r"""The one-to-one assignment of labels to prototypes with the largest total cosine.
 
-    .. math:: \sigma = \arg\max_{\sigma \text{ injective}} \sum_c a_c \langle m_c, w_{\sigma(c)} \rangle
+    $$ \sigma = \arg\max_{\sigma \text{ injective}} \sum_c a_c \langle m_c, w_{\sigma(c)} \rangle $$
 
     Args:
         class_means: (C, D) mean embeddings; rows are normalised here. A zero row is a label never seen: it keeps
@@ -279,7 +279,7 @@ def solve_assignment(
         AssignmentError: P < C, rows that are not finite (named), an invalid `current`, or no solution within memory.
         ArgumentError: an unknown method, or weights that are negative or not finite.
 
-    Example:
+    Examples:
         >>> means = torch.tensor([[0.0, 1.0], [1.0, 0.1]])
         >>> solve_assignment(means, torch.eye(2)).assignment.tolist()
         [1, 0]

@@ -37,7 +37,7 @@ BLOCK_ROWS = 2048
 def normalise(x: Tensor) -> Tensor:
     r"""Unit rows in float32 over the last dimension; zero rows stay zero.
 
-    .. math:: x / \lVert x \rVert
+    $$ x / \lVert x \rVert $$
 
     Args:
         x: (..., D), any real dtype, D >= 1.
@@ -45,7 +45,7 @@ def normalise(x: Tensor) -> Tensor:
     Returns:
         (..., D) float32.
 
-    Example:
+    Examples:
         >>> normalise(torch.tensor([[3e-20, 4e-20], [0.0, 0.0]]))
         tensor([[0.6000, 0.8000],
                 [0.0000, 0.0000]])
@@ -66,9 +66,10 @@ def _one_for_zero(lengths: Tensor, smallest: float = SMALLEST_LENGTH) -> Tensor:
 def hyperspherical_energy(weight: Tensor, *, power: float, half_space: bool = False) -> Tensor:
     r"""Riesz energy of the rows' directions, differentiable; the smaller, the more evenly they are spread.
 
-    .. math::
-        E_s = \sum_{i \neq j} \lVert w_i - w_j \rVert^{-s}, \quad s > 0, \qquad
-        E_0 = \sum_{i \neq j} -\log \lVert w_i - w_j \rVert
+    $$
+    E_s = \sum_{i \neq j} \lVert w_i - w_j \rVert^{-s}, \quad s > 0, \qquad
+    E_0 = \sum_{i \neq j} -\log \lVert w_i - w_j \rVert
+    $$
 
     over ordered pairs, so that every pair counts twice. Rows are normalised first. Coincident rows count as
     `SMALLEST_SQUARED_DISTANCE` apart: a large energy, not an infinite one.
@@ -85,7 +86,7 @@ def hyperspherical_energy(weight: Tensor, *, power: float, half_space: bool = Fa
         ArgumentError: power is negative or not finite.
         ShapeError: weight is not a matrix.
 
-    Example:
+    Examples:
         >>> round(float(hyperspherical_energy(torch.eye(3), power=2)), 4)  # 6 ordered pairs at distance sqrt(2)
         3.0
 
@@ -112,7 +113,7 @@ def hyperspherical_energy(weight: Tensor, *, power: float, half_space: bool = Fa
 def largest_cosines(prototypes: Tensor) -> Tensor:
     r"""Each row's largest cosine to another row.
 
-    .. math:: \max_{j \neq i} \langle w_i, w_j \rangle
+    $$ \max_{j \neq i} \langle w_i, w_j \rangle $$
 
     Summed in float64 and in blocks: time grows with P^2 D, memory does not.
 
@@ -122,7 +123,7 @@ def largest_cosines(prototypes: Tensor) -> Tensor:
     Returns:
         (P,) float32.
 
-    Example:
+    Examples:
         >>> largest_cosines(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, -1.0]]))
         tensor([0.6000, 0.6000, 0.0000])
     """
@@ -149,7 +150,7 @@ def sampled_largest_cosines(prototypes: Tensor, num_rows: int) -> Tensor:
     Returns:
         (min(num_rows, P),) float32.
 
-    Example:
+    Examples:
         >>> sampled_largest_cosines(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, -1.0]]), 1)
         tensor([0.6000])
     """
@@ -178,7 +179,7 @@ def spanning_rows(rows: Tensor) -> Tensor:
     Returns:
         (min(N, D),) int64.
 
-    Example:
+    Examples:
         >>> spanning_rows(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]])).tolist()
         [0, 2]
 
@@ -216,7 +217,7 @@ def cosine_lower_bound(num_points: int, dim: int) -> tuple[float, str]:
     Raises:
         ArgumentError: P < 2 or D < 2.
 
-    Example:
+    Examples:
         >>> bound, name = cosine_lower_bound(12, 3)
         >>> round(bound * 5**0.5, 9), name  # the icosahedron's cosine is 1 / sqrt(5)
         (1.0, 'levenshtein')
@@ -229,7 +230,7 @@ def cosine_lower_bound(num_points: int, dim: int) -> tuple[float, str]:
 def rankin_bound(num_points: int, dim: int) -> float:
     r"""Smallest possible largest cosine of up to 2D points: the simplex, then orthogonal blocks.
 
-    .. math:: -1 / (P - 1) \text{ for } P \leq D + 1, \qquad 0 \text{ for } D + 1 < P \leq 2D
+    $$ -1 / (P - 1) \text{ for } P \leq D + 1, \qquad 0 \text{ for } D + 1 < P \leq 2D $$
 
     Args:
         num_points: P in [2, 2D].
@@ -238,7 +239,7 @@ def rankin_bound(num_points: int, dim: int) -> float:
     Raises:
         ArgumentError: outside these ranges.
 
-    Example:
+    Examples:
         >>> rankin_bound(5, 4), rankin_bound(8, 4)
         (-0.25, 0.0)
 
@@ -259,11 +260,14 @@ def levenshtein_bound(num_points: int, dim: int) -> float:
     P points whose largest cosine is t are at most L_m(D, t), for t in the m-th of a chain of intervals on which L
     grows without a jump. With Q_k the Gegenbauer polynomials of dimension D, Q_k(1) = 1:
 
-    .. math::
-        L_{2k-1}(t) &= \binom{k+D-3}{k-1} \left[ \frac{2k+D-3}{D-1}
-            - \frac{Q_{k-1}(t) - Q_k(t)}{(1-t)\, Q_k(t)} \right], \\
-        L_{2k}(t) &= \binom{k+D-2}{k} \left[ \frac{2k+D-1}{D-1}
-            - \frac{(1+t) (Q_k(t) - Q_{k+1}(t))}{(1-t) (Q_k(t) + Q_{k+1}(t))} \right].
+    $$
+    \begin{aligned}
+    L_{2k-1}(t) &= \binom{k+D-3}{k-1} \left[ \frac{2k+D-3}{D-1}
+        - \frac{Q_{k-1}(t) - Q_k(t)}{(1-t)\, Q_k(t)} \right], \\
+    L_{2k}(t) &= \binom{k+D-2}{k} \left[ \frac{2k+D-1}{D-1}
+        - \frac{(1+t) (Q_k(t) - Q_{k+1}(t))}{(1-t) (Q_k(t) + Q_{k+1}(t))} \right].
+    \end{aligned}
+    $$
 
     L_{2k-1} holds from t_{k-1}^{1,1} to t_k^{1,0} and L_{2k} from there to t_k^{1,1}, where t_k^{a,b} is the largest
     zero of the Jacobi polynomial of degree k and parameters a + (D-3)/2, b + (D-3)/2. At the left end of the m-th
@@ -276,7 +280,7 @@ def levenshtein_bound(num_points: int, dim: int) -> float:
     Raises:
         ArgumentError: outside these ranges.
 
-    Example:
+    Examples:
         >>> round(levenshtein_bound(240, 8), 9), round(levenshtein_bound(100, 10), 3)  # E8's kissing points; generic
         (0.5, 0.278)
 

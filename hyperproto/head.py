@@ -39,7 +39,7 @@ TOPK_CHUNK = 16_384
 class HypersphericalHead(nn.Module):
     r"""Classifier over fixed unit prototypes: logits are scaled cosines.
 
-    .. math:: z = \frac{A x}{\lVert A x \rVert}, \qquad \text{logits}_k = s \, \langle z, w_{\sigma(k)} \rangle
+    $$ z = \frac{A x}{\lVert A x \rVert}, \qquad \text{logits}_k = s \, \langle z, w_{\sigma(k)} \rangle $$
 
     Column k belongs to label k, whatever the assignment. No prototype ever trains or moves; what changes is
     `assignment` (an integer buffer, gathered at use, so that averaging weights cannot blend two assignments).
@@ -71,7 +71,7 @@ class HypersphericalHead(nn.Module):
         ShapeError: at call, for features of another width.
         AssignmentError: at call, in eval mode or under `no_grad`, where `assignment` was overwritten by no assignment.
 
-    Example:
+    Examples:
         >>> head = HypersphericalHead(64, 10, dim=5)
         >>> head(torch.randn(2, 64)).shape, head.embed(torch.randn(2, 64)).shape
         (torch.Size([2, 10]), torch.Size([2, 5]))
@@ -176,7 +176,7 @@ class HypersphericalHead(nn.Module):
             ShapeError: embeddings of another shape.
             ArgumentError: k out of range.
 
-        Example:
+        Examples:
             >>> head = HypersphericalHead(3, 4, projection="none")
             >>> cosines, labels = head.topk(head.class_prototypes, k=2)
             >>> labels[:, 0].tolist()
@@ -215,7 +215,7 @@ class HypersphericalHead(nn.Module):
     def recover_embeddings(self, logits: Tensor) -> Tensor:
         r"""Embeddings (B, D) whose logits these are, in O(B D^2) whatever C is.
 
-        .. math:: z = \tfrac{1}{s} \, \text{logits}_a \; (W_a^\top)^{+}
+        $$ z = \tfrac{1}{s} \, \text{logits}_a \; (W_a^\top)^{+} $$
 
         with the rows W_a of min(C, D) assigned prototypes that span what all of them span (see
         `geometry.spanning_rows`), and the logits of their labels. Exact for the part of z within their span; what is
@@ -410,7 +410,7 @@ def get_heads(model: nn.Module) -> dict[str, HypersphericalHead]:
 
     Sees through wrappers such as DistributedDataParallel and torch.compile.
 
-    Example:
+    Examples:
         >>> list(get_heads(nn.Sequential(nn.Flatten(), HypersphericalHead(8, 4))))
         ['1']
     """

@@ -26,7 +26,7 @@ def scaled_cosines(embeddings: Tensor, prototypes: Tensor, assignment: Tensor, s
 def default_logit_scale(bank: PrototypeBank, num_classes: int) -> float:
     r"""The scale at which a sample exactly on its prototype gets a probability of about 0.99.
 
-    .. math:: s = \frac{\log\left((C - 1) \, p / (1 - p)\right)}{1 - \rho}, \qquad p = 0.99
+    $$ s = \frac{\log\left((C - 1) \, p / (1 - p)\right)}{1 - \rho}, \qquad p = 0.99 $$
 
     With every other cosine at rho this is the softmax solved for s. rho is the mean over prototypes of the largest
     cosine to another (exact for a simplex; elsewhere most cosines are smaller, so that the probability is larger).
@@ -36,7 +36,7 @@ def default_logit_scale(bank: PrototypeBank, num_classes: int) -> float:
         bank: the prototypes.
         num_classes: C, at least 2.
 
-    Example:
+    Examples:
         >>> round(default_logit_scale(PrototypeBank(100, 99), 100), 2)
         9.1
     """

@@ -84,7 +84,7 @@ class PrototypeLoss(nn.Module):
 
 
 class BalancedLoss(PrototypeLoss):
-    r"""Squared pull to the own prototype: :math:`\ell = (1 - \langle z, w_{\sigma(y)} \rangle)^2`.
+    r"""Squared pull to the own prototype: $\ell = (1 - \langle z, w_{\sigma(y)} \rangle)^2$.
 
     For balanced training sets. See `functional.balanced_loss`.
 
@@ -92,7 +92,7 @@ class BalancedLoss(PrototypeLoss):
         source: a `DynamicAssigner` (fed by the loss), a converted model, or a head.
         reduction: "mean", "sum" (as in the papers) or "none".
 
-    Example:
+    Examples:
         >>> head = HypersphericalHead(8, 4, dim=2)
         >>> criterion = BalancedLoss(DynamicAssigner(head))
         >>> criterion(head(torch.randn(3, 8)), torch.tensor([0, 2, 2])).shape
@@ -107,7 +107,7 @@ class BalancedLoss(PrototypeLoss):
 
 
 class LongTailLoss(PrototypeLoss):
-    r"""Dot regression: :math:`\ell = \frac12 E_y^2 (1 - \langle z, w_{\sigma(y)} \rangle)^2`, rare classes longer.
+    r"""Dot regression: $\ell = \frac12 E_y^2 (1 - \langle z, w_{\sigma(y)} \rangle)^2$, rare classes longer.
 
     For long-tailed training sets. See `functional.long_tail_loss`.
 
@@ -119,7 +119,7 @@ class LongTailLoss(PrototypeLoss):
     Raises:
         ArgumentError: class_counts are not C positive numbers.
 
-    Example:
+    Examples:
         >>> head = HypersphericalHead(8, 3, dim=2)
         >>> criterion = LongTailLoss(DynamicAssigner(head), class_counts=torch.tensor([500, 50, 5]))
         >>> criterion(head(torch.randn(3, 8)), torch.tensor([0, 2, 2])).shape
@@ -163,7 +163,7 @@ class PrototypeCrossEntropyLoss(PrototypeLoss):
     Raises:
         ArgumentError: scale or label_smoothing out of range.
 
-    Example:
+    Examples:
         >>> head = HypersphericalHead(8, 4, dim=3)
         >>> criterion = PrototypeCrossEntropyLoss(head)
         >>> criterion(head(torch.randn(3, 8)), torch.tensor([0, 2, 2])).shape

@@ -18,7 +18,7 @@ from torch import Tensor
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """A context in which autocast of this device is off; costs nothing where it is off already.
 
-    Example:
+    Examples:
         >>> with torch.autocast("cpu", dtype=torch.bfloat16), full_precision(torch.device("cpu")):
         ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
         torch.float32
@@ -33,7 +33,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
 def keeping_dtype(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """`function` as `nn.Module._apply` gets it, less its change of dtype: moves between devices still happen.
 
-    Example:
+    Examples:
         >>> keeping_dtype(torch.Tensor.half)(torch.ones(1)).dtype
         torch.float32
     """

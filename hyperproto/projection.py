@@ -33,7 +33,7 @@ def build_projection(projection: Projection, in_features: int, dim: int, *, seed
 def layers_of(projection: nn.Module) -> tuple[nn.Linear | None, _BatchNorm | None]:
     """The linear map and the batch norm of a projection, as far as it has them (SyncBatchNorm counts as one).
 
-    Example:
+    Examples:
         >>> layers_of(build_projection("linear", 4, 2, seed=0))
         (SeededLinear(in_features=4, out_features=2, bias=False), None)
     """
@@ -58,7 +58,7 @@ class SeededLinear(nn.Linear):
 
     The start is that of `nn.Linear`, uniform in +-1 / sqrt(in_features).
 
-    Example:
+    Examples:
         >>> first, second = SeededLinear(4, 2, seed=0), SeededLinear(4, 2, seed=0)
         >>> torch.equal(first.weight, second.weight)
         True
@@ -86,7 +86,7 @@ class RowBatchNorm(nn.BatchNorm1d):
     A batch of fewer than two rows has no variance: the running statistics serve it, as in eval mode, where
     `nn.BatchNorm1d` raises.
 
-    Example:
+    Examples:
         >>> RowBatchNorm(3)(torch.ones(1, 3)).shape
         torch.Size([1, 3])
     """

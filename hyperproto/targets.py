@@ -51,7 +51,7 @@ def group_by_label(labels: Tensor) -> tuple[Tensor, Tensor]:
         `ordered` (B,) the labels sorted, and `first` (B,) for each sample the first place in `ordered` that holds its
         label: a number in [0, B) for each label present.
 
-    Example:
+    Examples:
         >>> ordered, first = group_by_label(torch.tensor([7, 3, 7]))
         >>> ordered.tolist(), first.tolist()
         ([3, 7, 7], [1, 0, 1])
@@ -63,7 +63,7 @@ def group_by_label(labels: Tensor) -> tuple[Tensor, Tensor]:
 def count_own_label(labels: Tensor) -> Tensor:
     """(B,) float32: for each sample, how many samples of the batch carry its label (itself included).
 
-    Example:
+    Examples:
         >>> count_own_label(torch.tensor([7, 3, 7])).tolist()
         [2.0, 1.0, 2.0]
     """

@@ -3,7 +3,7 @@
 Needs hypothesis (`pip install "hyperproto[test]"`); nothing else in the library imports it. Strategies draw small
 objects, quick enough for a hundred examples; checks raise AssertionError with what is wrong.
 
-Example:
+Examples:
     >>> from hypothesis import given
     >>> @given(head=heads())
     ... def test_assignment_is_injective(head):

@@ -45,7 +45,7 @@ def choose_method(num_prototypes: int, dim: int) -> str:
         num_prototypes: P.
         dim: D.
 
-    Example:
+    Examples:
         >>> choose_method(10, 9), choose_method(10, 5), choose_method(100, 10), choose_method(100_000, 512)
         ('simplex', 'orthoplex', 'separated', 'code')
     """

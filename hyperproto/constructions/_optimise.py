@@ -1,6 +1,6 @@
 r"""Minimising a function of unit rows: L-BFGS in float64, and annealing of smooth maxima.
 
-Rows stay on the sphere by parametrisation: the variable is any matrix X, the function sees :math:`x / \lVert x \rVert`
+Rows stay on the sphere by parametrisation: the variable is any matrix X, the function sees $x / \lVert x \rVert$
 of its rows. The gradient by x is then the part tangent to the sphere, divided by the length of x.
 
 The optimiser is ours rather than scipy's for two reasons. Sums are taken in an order that does not depend on the
@@ -147,7 +147,7 @@ def weighted_sums(weights: Tensor, points: Tensor) -> Tensor:
     Returns:
         (N, D).
 
-    Example:
+    Examples:
         >>> weighted_sums(torch.tensor([[0.5, 0.25]]), torch.eye(2))
         tensor([[0.5000, 0.2500]])
     """

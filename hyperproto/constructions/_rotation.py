@@ -17,7 +17,7 @@ def random_frame(dim: int, num_columns: int, generator: torch.Generator) -> Tens
     Returns:
         (dim, num_columns) float64.
 
-    Example:
+    Examples:
         >>> frame = random_frame(5, 3, torch.Generator().manual_seed(0))
         >>> torch.allclose(frame.T @ frame, torch.eye(3, dtype=torch.float64))
         True

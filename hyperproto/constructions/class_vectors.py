@@ -25,7 +25,7 @@ LARGEST_COSINE = 1.0 - 1e-5
 def class_vector_points(vectors: Tensor, dim: int) -> Tensor:
     r"""Unit prototypes that a linear map takes to the class vectors, spread as evenly as that allows.
 
-    .. math:: V - \bar v = U S R^\top, \qquad w_c = M^{1/2} u_c \text{ with } \lVert w_c \rVert = 1
+    $$ V - \bar v = U S R^\top, \qquad w_c = M^{1/2} u_c \text{ with } \lVert w_c \rVert = 1 $$
 
     U are the D leading left singular vectors: the tight frame, which weighs each direction alike, with the column space
     of the best classifier of rank D. Its rows have different lengths, and dividing by these would change which class
@@ -47,7 +47,7 @@ def class_vector_points(vectors: Tensor, dim: int) -> Tensor:
         BankError: a size that no construction takes, a class that has no part in the D leading directions, or classes
             whose prototypes coincide.
 
-    Example:
+    Examples:
         >>> points = class_vector_points(torch.eye(3, dtype=torch.float64), 2)
         >>> points @ points.T + 0.0
         tensor([[ 1.0000, -0.5000, -0.5000],
@@ -82,13 +82,13 @@ def class_vector_points(vectors: Tensor, dim: int) -> Tensor:
 def unit_metric(frame: Array) -> Array:
     r"""The roundest metric in which all rows have about unit length.
 
-    .. math:: \max_M \; \log \det M - \tfrac{1}{2 \rho} \sum_c (u_c^\top M u_c - 1)^2
+    $$ \max_M \; \log \det M - \tfrac{1}{2 \rho} \sum_c (u_c^\top M u_c - 1)^2 $$
 
-    Concave in M. Its dual has one variable a row: with :math:`M^{-1} = \sum_c \lambda_c u_c u_c^\top`,
+    Concave in M. Its dual has one variable a row: with $M^{-1} = \sum_c \lambda_c u_c u_c^\top$,
 
-    .. math:: \min_\lambda \; \log \det M + \sum_c \lambda_c + \tfrac{\rho}{2} \lVert \lambda \rVert^2,
+    $$ \min_\lambda \; \log \det M + \sum_c \lambda_c + \tfrac{\rho}{2} \lVert \lambda \rVert^2, $$
 
-    whose gradient :math:`1 + \rho \lambda_c - u_c^\top M u_c` shows that lengths miss 1 by little where rho is small.
+    whose gradient $1 + \rho \lambda_c - u_c^\top M u_c$ shows that lengths miss 1 by little where rho is small.
     Products with its Hessian cost O(C D^2), and no C x C matrix is needed.
 
     Args:
@@ -97,7 +97,7 @@ def unit_metric(frame: Array) -> Array:
     Returns:
         M, (D, D) symmetric, positive definite.
 
-    Example:
+    Examples:
         >>> frame = np.linalg.qr(np.random.default_rng(0).normal(size=(100, 50)))[0]
         >>> squared_lengths = ((frame @ unit_metric(frame)) * frame).sum(axis=1)
         >>> bool(np.ptp((frame * frame).sum(axis=1)) > 0.3 and np.ptp(squared_lengths) < 0.1)

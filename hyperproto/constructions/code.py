@@ -1,7 +1,7 @@
 r"""Prototypes for very many classes: the sign vectors of binary codes, no optimisation.
 
 Two words of length n that differ in d places are, as sign vectors, at cosine 1 - 2 d / n. Few words are far apart in
-the best codes known, thousands to millions of them at a largest cosine of a few :math:`1 / \sqrt{n}`:
+the best codes known, thousands to millions of them at a largest cosine of a few $1 / \sqrt{n}$:
 
 ================= ============ ======================= ===================================
 code              n            words                   largest cosine
@@ -99,7 +99,7 @@ class SignCode:
 def code_points(num_prototypes: int, dim: int, generator: torch.Generator) -> Tensor:
     r"""Distinct words of the best code that is large enough, as unit vectors, randomly rotated.
 
-    .. math:: w_i = \tfrac{1}{\sqrt{n}} \, (-1)^{u_i G} \, R
+    $$ w_i = \tfrac{1}{\sqrt{n}} \, (-1)^{u_i G} \, R $$
 
     The messages u are spread over all of them by a random affine map; the rotation R leaves no direction special.
     Time O(P D^2), memory O(P D).
@@ -115,7 +115,7 @@ def code_points(num_prototypes: int, dim: int, generator: torch.Generator) -> Te
     Raises:
         BankError: more prototypes than the largest code in this dimension has words.
 
-    Example:
+    Examples:
         >>> points = code_points(3000, 64, torch.Generator().manual_seed(0))
         >>> cosines = (points @ points.T).fill_diagonal_(-1)
         >>> round(float(cosines.max()), 4)  # a Kerdock code: 1 / sqrt(64)
@@ -144,7 +144,7 @@ def choose_code(num_prototypes: int, dim: int) -> SignCode:
     Raises:
         BankError: there is none.
 
-    Example:
+    Examples:
         >>> choose_code(60_000, 256).family, choose_code(100_000, 512).order, choose_code(1_000_000, 512).order
         ('kerdock', 2, 3)
     """
@@ -162,7 +162,7 @@ def choose_code(num_prototypes: int, dim: int) -> SignCode:
 def has_code(num_prototypes: int, dim: int) -> bool:
     """Whether a code serves this many prototypes in this dimension.
 
-    Example:
+    Examples:
         >>> has_code(100_000, 512), has_code(100_000, 16)
         (True, False)
     """

@@ -22,8 +22,10 @@ def energy_points(
 ) -> Tensor:
     r"""Prototypes of the smallest Riesz energy.
 
-    .. math:: \min_W \sum_{i \neq j} \lVert w_i - w_j \rVert^{-s} \quad\text{or, for } s = 0,\quad
+    $$
+    \min_W \sum_{i \neq j} \lVert w_i - w_j \rVert^{-s} \quad\text{or, for } s = 0,\quad
         \min_W \sum_{i \neq j} -\log \lVert w_i - w_j \rVert
+    $$
 
     The paper adds the energy of trainable weights to the loss of a network; ours are fixed, and converged.
 
@@ -41,7 +43,7 @@ def energy_points(
     Raises:
         BankError: a size that no construction takes.
 
-    Example:
+    Examples:
         >>> points = energy_points(3, 3, torch.Generator().manual_seed(0), half_space=True)  # three axes
         >>> torch.allclose(points @ points.T, torch.eye(3), atol=1e-3)
         True
@@ -64,7 +66,7 @@ def riesz_energy(points: Tensor, power: int, half_space: bool) -> tuple[float, T
     Returns:
         The value, and the gradient (P, D).
 
-    Example:
+    Examples:
         >>> riesz_energy(torch.eye(3, dtype=torch.float64), 2, False)[0]  # all at distance sqrt(2)
         0.5
     """

@@ -13,7 +13,7 @@ from hyperproto.geometry import largest_cosines
 def hpn_points(num_prototypes: int, dim: int, generator: torch.Generator) -> Tensor:
     r"""Prototypes that minimise the mean of the row maxima.
 
-    .. math:: \min_W \frac{1}{P} \sum_i \max_{j \neq i} \langle w_i, w_j \rangle
+    $$ \min_W \frac{1}{P} \sum_i \max_{j \neq i} \langle w_i, w_j \rangle $$
 
     The paper takes stochastic gradient steps on the maxima themselves, which stall where a row has two nearest
     neighbours, as all rows of a good bank have. Ours anneals smooth maxima, to convergence.
@@ -29,7 +29,7 @@ def hpn_points(num_prototypes: int, dim: int, generator: torch.Generator) -> Ten
     Raises:
         BankError: a size that no construction takes.
 
-    Example:
+    Examples:
         >>> hpn_points(20, 8, torch.Generator().manual_seed(0)).shape
         torch.Size([20, 8])
 
@@ -43,7 +43,7 @@ def hpn_points(num_prototypes: int, dim: int, generator: torch.Generator) -> Ten
 def smooth_row_maxima(points: Tensor, beta: float) -> tuple[float, Tensor]:
     r"""Mean over rows of the log-sum-exp of the row, and its gradient.
 
-    .. math:: \frac{1}{P} \sum_i \tfrac{1}{\beta} \log \sum_{j \neq i} \exp(\beta \langle w_i, w_j \rangle)
+    $$ \frac{1}{P} \sum_i \tfrac{1}{\beta} \log \sum_{j \neq i} \exp(\beta \langle w_i, w_j \rangle) $$
 
     Args:
         points: (P, D) float64 unit rows.
@@ -52,7 +52,7 @@ def smooth_row_maxima(points: Tensor, beta: float) -> tuple[float, Tensor]:
     Returns:
         The value, and the gradient (P, D).
 
-    Example:
+    Examples:
         >>> round(smooth_row_maxima(torch.eye(3, dtype=torch.float64), 1.0)[0], 6)  # log(2 exp(0))
         0.693147
     """

@@ -16,7 +16,7 @@ def orthoplex_points(num_prototypes: int, dim: int, generator: torch.Generator) 
 
     A simplex of d + 1 points fills d dimensions, so P - D of them hold P points in D dimensions. Subspaces differ
     by at most one in dimension, which keeps the cosines within a block as negative as they can all be. At P = 2D
-    every block is a line, and the points are those of the cross-polytope, :math:`\pm e_i`.
+    every block is a line, and the points are those of the cross-polytope, $\pm e_i$.
 
     Args:
         num_prototypes: P in [D + 2, 2D].
@@ -29,7 +29,7 @@ def orthoplex_points(num_prototypes: int, dim: int, generator: torch.Generator) 
     Raises:
         BankError: P outside this range, or a size that no construction takes.
 
-    Example:
+    Examples:
         >>> points = orthoplex_points(6, 3, torch.Generator().manual_seed(0))
         >>> (points @ points.T).round().int()[0].abs().tolist()  # itself, its opposite, and right angles
         [1, 1, 0, 0, 0, 0]

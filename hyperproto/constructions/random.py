@@ -12,8 +12,8 @@ from hyperproto.geometry import normalise
 def random_points(num_prototypes: int, dim: int, generator: torch.Generator) -> Tensor:
     r"""Uniformly distributed directions: normalised Gaussian vectors.
 
-    Cosines have a standard deviation of :math:`1 / \sqrt{D}`; the largest of P^2 / 2 is near
-    :math:`2 \sqrt{\log P / D}`.
+    Cosines have a standard deviation of $1 / \sqrt{D}$; the largest of P^2 / 2 is near
+    $2 \sqrt{\log P / D}$.
 
     Args:
         num_prototypes: P >= 2.
@@ -26,7 +26,7 @@ def random_points(num_prototypes: int, dim: int, generator: torch.Generator) -> 
     Raises:
         BankError: a size that no construction takes.
 
-    Example:
+    Examples:
         >>> random_points(1000, 16, torch.Generator().manual_seed(0)).shape
         torch.Size([1000, 16])
     """

@@ -13,7 +13,7 @@ from hyperproto.geometry import largest_cosines
 def separated_points(num_prototypes: int, dim: int, generator: torch.Generator) -> Tensor:
     r"""Prototypes whose largest pairwise cosine is a minimum, by annealing a smooth maximum.
 
-    .. math:: \min_W \max_{i \neq j} \langle w_i, w_j \rangle
+    $$ \min_W \max_{i \neq j} \langle w_i, w_j \rangle $$
 
     A local minimum, as any for more than 2D points; other seeds find others, equal in practice to the second
     decimal. Serves any number of prototypes, yet the simplex and the orthoplex are exact where they exist.
@@ -29,7 +29,7 @@ def separated_points(num_prototypes: int, dim: int, generator: torch.Generator) 
     Raises:
         BankError: a size that no construction takes.
 
-    Example:
+    Examples:
         >>> points = separated_points(12, 3, torch.Generator().manual_seed(0))
         >>> bool(largest_cosines(points).max() < 5**-0.5 + 1e-3)  # the icosahedron's cosine is 1 / sqrt(5)
         True
@@ -41,7 +41,7 @@ def separated_points(num_prototypes: int, dim: int, generator: torch.Generator) 
 def smooth_maximum(points: Tensor, beta: float) -> tuple[float, Tensor]:
     r"""Log-sum-exp over all pairs, and its gradient; above the largest cosine by at most 2 log(P) / beta.
 
-    .. math:: \tfrac{1}{\beta} \log \sum_{i \neq j} \exp(\beta \langle w_i, w_j \rangle)
+    $$ \tfrac{1}{\beta} \log \sum_{i \neq j} \exp(\beta \langle w_i, w_j \rangle) $$
 
     Args:
         points: (P, D) float64 unit rows.
@@ -50,7 +50,7 @@ def smooth_maximum(points: Tensor, beta: float) -> tuple[float, Tensor]:
     Returns:
         The value, and the gradient (P, D).
 
-    Example:
+    Examples:
         >>> round(smooth_maximum(torch.eye(2, dtype=torch.float64), 1.0)[0], 6)  # log(2 exp(0))
         0.693147
     """

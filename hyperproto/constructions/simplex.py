@@ -13,7 +13,7 @@ from hyperproto.errors import BankError
 def simplex_points(num_prototypes: int, dim: int, generator: torch.Generator) -> Tensor:
     r"""Vertices of a randomly rotated regular simplex, also called equiangular tight frame (ETF).
 
-    .. math:: \langle w_i, w_j \rangle = -\frac{1}{P - 1}, \quad i \neq j
+    $$ \langle w_i, w_j \rangle = -\frac{1}{P - 1}, \quad i \neq j $$
 
     Args:
         num_prototypes: P in [2, D + 1].
@@ -26,7 +26,7 @@ def simplex_points(num_prototypes: int, dim: int, generator: torch.Generator) ->
     Raises:
         BankError: more than D + 1 prototypes, or a size that no construction takes.
 
-    Example:
+    Examples:
         >>> points = simplex_points(4, 3, torch.Generator().manual_seed(0))
         >>> torch.allclose(points @ points.T, (4 * torch.eye(4) - 1) / 3, atol=1e-6)
         True
@@ -50,9 +50,9 @@ def regular_simplex(num_points: int) -> Tensor:
 
     Column k is orthogonal to the vector of ones and to the columns before it,
 
-    .. math:: h_k \propto (\underbrace{1, \dots, 1}_{k}, -k, 0, \dots, 0), \quad k = 1, \dots, P - 1,
+    $$ h_k \propto (\underbrace{1, \dots, 1}_{k}, -k, 0, \dots, 0), \quad k = 1, \dots, P - 1, $$
 
-    so that with unit columns :math:`H H^\top = I - 11^\top / P`: a simplex, up to the length of the rows.
+    so that with unit columns $H H^\top = I - 11^\top / P$: a simplex, up to the length of the rows.
 
     Args:
         num_points: P >= 2.
@@ -60,7 +60,7 @@ def regular_simplex(num_points: int) -> Tensor:
     Returns:
         (P, P - 1) float64.
 
-    Example:
+    Examples:
         >>> regular_simplex(2).float().flatten().tolist()
         [1.0, -1.0]
     """

@@ -13,7 +13,7 @@ from hyperproto.constructions.separated import smooth_maximum
 def uniform_points(num_prototypes: int, dim: int, generator: torch.Generator) -> Tensor:
     r"""Prototypes that minimise the logarithm of the mean Gaussian potential.
 
-    .. math:: \min_W \log \operatorname*{mean}_{i, j} \exp(-2 \lVert w_i - w_j \rVert^2)
+    $$ \min_W \log \operatorname*{mean}_{i, j} \exp(-2 \lVert w_i - w_j \rVert^2) $$
 
     Between unit vectors the potential is exp(4 cos - 4), so that this is `smooth_maximum` at beta = 4, up to
     constants that move no minimum. The paper takes a fixed number of gradient steps; ours runs to convergence.
@@ -29,7 +29,7 @@ def uniform_points(num_prototypes: int, dim: int, generator: torch.Generator) ->
     Raises:
         BankError: a size that no construction takes.
 
-    Example:
+    Examples:
         >>> uniform_points(20, 8, torch.Generator().manual_seed(0)).shape
         torch.Size([20, 8])
 

@@ -16,7 +16,7 @@ class ChannelsFirstHead(HypersphericalHead):
     A class of its own rather than a look at the number of dimensions, which would keep torch.fx from tracing. Its
     state and `embed`, which takes rows (..., in_features), are those of the base class.
 
-    Example:
+    Examples:
         >>> ChannelsFirstHead(8, 4, dim=3)(torch.randn(2, 8, 5, 6)).shape
         torch.Size([2, 4, 5, 6])
     """

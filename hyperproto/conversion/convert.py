@@ -82,7 +82,7 @@ def convert_model(
         BankError, ArgumentError: the heads cannot be built with these arguments.
         ArgumentError, ShapeError: a warm start from no trained classifier, or from one of other classes.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
         >>> convert_model(model, dim=2, classifier="1") is model

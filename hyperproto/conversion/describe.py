@@ -26,7 +26,7 @@ def describe(model: nn.Module) -> str:
     Raises:
         HeadNotFoundError: it has none.
 
-    Example:
+    Examples:
         >>> from hyperproto import convert_model
         >>> print(describe(convert_model(nn.Sequential(nn.Linear(16, 4)), dim=2, classifier="0")))
         Sequential: 4 classes on prototypes in dimension 2

@@ -16,7 +16,7 @@ from hyperproto.projection import affine_of
 def to_linear(model: nn.Module) -> nn.Module:
     r"""Replace the head by a plain layer with the same ranking of classes for every input; in place.
 
-    .. math:: \text{logits}_k = s \, \langle A x + b, w_{\sigma(k)} \rangle
+    $$ \text{logits}_k = s \, \langle A x + b, w_{\sigma(k)} \rangle $$
 
     with A and b of the projection and its batch norm in eval mode. This is the head without the division by the
     length of A x + b, which is one positive number for each input: predictions, top-k and rankings stay, probabilities
@@ -37,7 +37,7 @@ def to_linear(model: nn.Module) -> nn.Module:
             as their sum does.
         HeadNotFoundError: the model was not converted, or it is wrapped: pass the model inside.
 
-    Example:
+    Examples:
         >>> from hyperproto import convert_model
         >>> model = convert_model(nn.Sequential(nn.Linear(16, 4)), dim=2, classifier="0").eval()
         >>> images = torch.randn(8, 16)

@@ -22,7 +22,7 @@ def restore_model(model: nn.Module) -> nn.Module:
         HeadNotFoundError: the model was not converted by `convert_model`, or it is wrapped (DistributedDataParallel,
             torch.compile): pass the model inside.
 
-    Example:
+    Examples:
         >>> from hyperproto import convert_model
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
         >>> linear = model[1]

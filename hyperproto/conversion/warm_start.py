@@ -39,9 +39,11 @@ def warm_start_(
 ) -> WarmStart:
     r"""Choose the head's assignment and projection so that it ranks classes as a trained classifier does; in place.
 
-    .. math:: \min_{\sigma, A, a} \; \lVert \bar W_\sigma A - \bar V \rVert_F^2
-              + \lVert \bar W_\sigma a - \bar b \rVert^2,
-              \qquad \text{logits}_\text{old} = V x + b
+    $$
+    \min_{\sigma, A, a} \; \lVert \bar W_\sigma A - \bar V \rVert_F^2
+        + \lVert \bar W_\sigma a - \bar b \rVert^2,
+        \qquad \text{logits}_\text{old} = V x + b
+    $$
 
     The bar takes the mean over classes out, which no ranking can see. With sigma fixed this is least squares; sigma
     comes from `matching.procrustes.align`, unless the head's own assignment fits as well, as it does where the bank was
@@ -69,7 +71,7 @@ def warm_start_(
         ArgumentError: weights that are not finite, or have no values (meta device).
         AssignmentError: `assignment` is invalid. After any error the head is as it was.
 
-    Example:
+    Examples:
         >>> classifier, features = nn.Linear(32, 8), torch.randn(100, 32)
         >>> head = HypersphericalHead(32, 8, dim=7).eval()
         >>> warm_start_(head, classifier).reproduced > 0.999

@@ -16,7 +16,7 @@ SMALLEST_SHARE = 1e-6
 def match_classes(scatter: ClassScatter, prototypes: Tensor, current: Tensor) -> Tensor:
     r"""Assignment in which prototypes lie to each other as the classes do, however the features are turned.
 
-    .. math:: v_c = \Sigma^{-1/2} (\mu_c - \bar\mu)
+    $$ v_c = \Sigma^{-1/2} (\mu_c - \bar\mu) $$
 
     with the covariance within classes: the class means in the space in which each class is a round cloud, and
     distances say how hard two classes are to tell apart. Rotation and matching are those of
@@ -48,7 +48,7 @@ def match_classes(scatter: ClassScatter, prototypes: Tensor, current: Tensor) ->
 def regress(scatter: ClassScatter, targets: Tensor, *, intercept: bool) -> Tensor:
     r"""Linear map that brings features nearest to the targets of their labels, in the mean of squares.
 
-    .. math:: \min_{A, a} \; \sum_c \mathbb{E}_{x \sim c} \lVert A x + a - t_c \rVert^2
+    $$ \min_{A, a} \; \sum_c \mathbb{E}_{x \sim c} \lVert A x + a - t_c \rVert^2 $$
 
     Labels count alike, however many samples they have: with samples counting alike, rare labels are never predicted.
     That the covariance within classes is shrunk acts as a ridge does.

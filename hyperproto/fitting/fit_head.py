@@ -30,8 +30,10 @@ ACCURACY_CHUNK = 4096
 def fit_head(model: nn.Module, loader: Iterable[Any]) -> HeadFit:
     r"""Choose assignment and projection in closed form from one pass over the data; in place.
 
-    .. math:: \sigma = \arg\max_{\sigma, R} \sum_c \langle R \Sigma^{-1/2} (\mu_c - \bar\mu), w_{\sigma(c)} \rangle,
-              \qquad A, a = \arg\min_{A, a} \; \sum_c \mathbb{E}_{x \sim c} \lVert A x + a - w_{\sigma(c)} \rVert^2
+    $$
+    \sigma = \arg\max_{\sigma, R} \sum_c \langle R \Sigma^{-1/2} (\mu_c - \bar\mu), w_{\sigma(c)} \rangle,
+        \qquad A, a = \arg\min_{A, a} \; \sum_c \mathbb{E}_{x \sim c} \lVert A x + a - w_{\sigma(c)} \rVert^2
+    $$
 
     with the class means mu of the features x, their covariance Sigma within classes (shrunk as far as the number of
     samples asks for) and rotations R. Labels count alike, however many samples they have. What the published
@@ -71,7 +73,7 @@ def fit_head(model: nn.Module, loader: Iterable[Any]) -> HeadFit:
         LabelError, ShapeError: targets that do not fit. After any error the model is as it was (on other ranks, with
             rank 0's buffers).
 
-    Example:
+    Examples:
         >>> head = HypersphericalHead(8, 4, dim=3)
         >>> labels = torch.arange(4).repeat(25)
         >>> features = torch.eye(4, 8)[labels] + 0.01 * torch.randn(100, 8)

@@ -21,7 +21,7 @@ def minimise(
 ) -> None:
     r"""L-BFGS on the mean over classes of the mean over a class's samples; in place.
 
-    .. math:: \min_\theta \frac1S \sum_c \frac1{n_c} \sum_{i: y_i = c} \ell_\theta(x_i, c)
+    $$ \min_\theta \frac1S \sum_c \frac1{n_c} \sum_{i: y_i = c} \ell_\theta(x_i, c) $$
 
     with n_c samples of class c, and S classes that have any. Nothing is drawn: the same features, the same result.
     Under torch.distributed each rank has its own samples, and all take the same steps.

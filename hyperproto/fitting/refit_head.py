@@ -36,9 +36,11 @@ BATCH_NUMBERS = 2**22
 def refit_head(model: nn.Module, loader: Iterable[Any], *, scale: float = 16.0, iterations: int = 200) -> HeadFit:
     r"""Fit the projections of a trained model once more, to all features at once; prototypes and assignment stay.
 
-    .. math:: \min_A \; \frac1C \sum_c \mathbb{E}_{x \sim c} \left[ -\log
-              \frac{\exp(s \langle z(x), w_{\sigma(c)} \rangle)}{\sum_k \exp(s \langle z(x), w_{\sigma(k)} \rangle)}
-              \right], \qquad z(x) = \frac{A x}{\lVert A x \rVert}
+    $$
+    \min_A \; \frac1C \sum_c \mathbb{E}_{x \sim c} \left[ -\log
+        \frac{\exp(s \langle z(x), w_{\sigma(c)} \rangle)}{\sum_k \exp(s \langle z(x), w_{\sigma(k)} \rangle)}
+        \right], \qquad z(x) = \frac{A x}{\lVert A x \rVert}
+    $$
 
     After the last epoch: the features are those of the finished backbone, in eval mode, and labels count alike however
     many samples they have, where training counted samples. One pass without gradients, then L-BFGS, which has no
@@ -67,7 +69,7 @@ def refit_head(model: nn.Module, loader: Iterable[Any], *, scale: float = 16.0, 
         LabelError, ShapeError: targets that do not fit. After any error the model is as it was (on other ranks, with
             rank 0's buffers).
 
-    Example:
+    Examples:
         >>> head = HypersphericalHead(8, 4, dim=3)
         >>> labels = torch.arange(4).repeat(25)
         >>> features = torch.eye(4, 8)[labels] + 0.01 * torch.randn(100, 8)
@@ -102,9 +104,11 @@ def compress_head(
 ) -> HeadFit:
     r"""Give a trained model a head of fewer dimensions, whose prototypes are class vectors fitted to its features.
 
-    .. math:: \min_{A, V} \; \frac1C \sum_c \mathbb{E}_{x \sim c} \left[ -\log
-              \frac{\exp(s \langle z(x), v_c / \lVert v_c \rVert \rangle)}
-                   {\sum_k \exp(s \langle z(x), v_k / \lVert v_k \rVert \rangle)} \right]
+    $$
+    \min_{A, V} \; \frac1C \sum_c \mathbb{E}_{x \sim c} \left[ -\log
+        \frac{\exp(s \langle z(x), v_c / \lVert v_c \rVert \rangle)}
+             {\sum_k \exp(s \langle z(x), v_k / \lVert v_k \rVert \rangle)} \right]
+    $$
 
     After the last epoch of a backbone that trained in more dimensions, such as towards the simplex: few dimensions are
     a hard target for a backbone, and a small loss at its end. The new projection A ("linear+bn") starts from the `dim`
@@ -133,7 +137,7 @@ def compress_head(
         LabelError, ShapeError: targets that do not fit. After any error the model is as it was (on other ranks, with
             rank 0's buffers).
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(HypersphericalHead(8, 4, dim=4, bank="simplex"))
         >>> labels = torch.arange(4).repeat(25)
         >>> features = torch.eye(4, 8)[labels] + 0.01 * torch.randn(100, 8)

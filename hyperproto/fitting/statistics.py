@@ -27,7 +27,7 @@ class FeatureStatistics:
         sums: (C, F) sums of the features of each label.
         moment: (F, F) sum of the outer products of all features with themselves.
 
-    Example:
+    Examples:
         >>> statistics = FeatureStatistics(num_classes=2, width=3)
         >>> statistics.add(torch.eye(3), torch.tensor([0, 1, 1]))
         >>> statistics.counts.tolist(), statistics.sums[1].tolist()
@@ -123,7 +123,7 @@ class FeatureSample:
         limit: rows kept; up to twice as many are held.
         width: F.
 
-    Example:
+    Examples:
         >>> sample = FeatureSample(limit=4, width=1)
         >>> for batch in torch.arange(20.0)[:, None].split(3):
         ...     sample.add(batch, batch[:, 0].long())
@@ -161,9 +161,11 @@ class FeatureSample:
 def shrunk_covariance(covariance: Tensor, num_samples: float) -> Tensor:
     r"""A covariance mixed with a multiple of the identity, by as much as so few samples ask for.
 
-    .. math:: (1 - \rho) S + \rho \frac{\operatorname{tr} S}{F} I, \qquad
+    $$
+    (1 - \rho) S + \rho \frac{\operatorname{tr} S}{F} I, \qquad
         \rho = \min\left(1, \frac{(1 - 2/F) \operatorname{tr} S^2 + \operatorname{tr}^2 S}
                                  {(n + 1 - 2/F) (\operatorname{tr} S^2 - \operatorname{tr}^2 S / F)}\right)
+    $$
 
     Args:
         covariance: (F, F) float64, empirical.
@@ -172,7 +174,7 @@ def shrunk_covariance(covariance: Tensor, num_samples: float) -> Tensor:
     Returns:
         (F, F), a new tensor.
 
-    Example:
+    Examples:
         >>> shrunk_covariance(torch.diag(torch.tensor([3.0, 1.0])), num_samples=0.0)
         tensor([[2., 0.],
                 [0., 2.]])

@@ -38,7 +38,7 @@ GRID = 2.0**-32
 def on_grid(values: FloatArray) -> FloatArray:
     """Nearest multiples of `GRID`.
 
-    Example:
+    Examples:
         >>> bool(on_grid(np.array([0.1]))[0] * 2**32 % 1)
         False
     """
@@ -47,7 +47,7 @@ def on_grid(values: FloatArray) -> FloatArray:
 
 
 def pair_cosines(means: Tensor, prototypes: Tensor, labels: Tensor, columns: Tensor) -> Tensor:
-    r"""Inner products :math:`\langle m_i, w_j \rangle` of some pairs, in float64.
+    r"""Inner products $\langle m_i, w_j \rangle$ of some pairs, in float64.
 
     Args:
         means: (C, D).
@@ -58,7 +58,7 @@ def pair_cosines(means: Tensor, prototypes: Tensor, labels: Tensor, columns: Ten
     Returns:
         (N,) float64.
 
-    Example:
+    Examples:
         >>> pair_cosines(torch.eye(3), torch.eye(3), torch.tensor([0, 1]), torch.tensor([0, 2])).tolist()
         [1.0, 0.0]
     """
@@ -71,7 +71,7 @@ def pair_cosines(means: Tensor, prototypes: Tensor, labels: Tensor, columns: Ten
 
 @dataclass(frozen=True)
 class Problem:
-    r"""Similarities :math:`S_{ij} = a_i \langle m_i, w_j \rangle` of C labels to P >= C prototypes, by their factors.
+    r"""Similarities $S_{ij} = a_i \langle m_i, w_j \rangle$ of C labels to P >= C prototypes, by their factors.
 
     Attributes:
         means: (C, D) float32 rows of length 1 on the CPU.
@@ -154,7 +154,7 @@ class Candidates:
         self.active[places] = True
 
     def scan(self, prices: FloatArray, labels: IntArray | None = None) -> IntArray:
-        r"""List the pairs of each label with the largest :math:`S_{ij} - v_j`, and of each prototype.
+        r"""List the pairs of each label with the largest $S_{ij} - v_j$, and of each prototype.
 
         Args:
             prices: v (P,).

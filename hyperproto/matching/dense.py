@@ -19,7 +19,7 @@ STAY_BONUS = 1e-12
 def solve_dense(similarity: Tensor, current: Tensor) -> Tensor:
     r"""Injective map sigma that maximises the total similarity; exact.
 
-    .. math:: \max_\sigma \sum_c S_{c, \sigma(c)}
+    $$ \max_\sigma \sum_c S_{c, \sigma(c)} $$
 
     Among maps of equal total the one that moves fewest labels is taken, so that labels without any similarity (never
     seen) stay where they are unless another label gains by taking their prototype.
@@ -31,7 +31,7 @@ def solve_dense(similarity: Tensor, current: Tensor) -> Tensor:
     Returns:
         (C,) int64.
 
-    Example:
+    Examples:
         >>> solve_dense(torch.tensor([[0.9, 0.8], [0.7, 0.1]]).double(), torch.tensor([0, 1])).tolist()
         [1, 0]
 

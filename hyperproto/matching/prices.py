@@ -2,7 +2,7 @@ r"""Dual prices of prototypes: they say which pairs matter, and they prove that 
 
 For prices v of prototypes (v >= 0, and 0 for prototypes left over, when there are more of them than labels)
 
-.. math:: \sum_i S_{i, \sigma(i)} \leq \sum_i u_i + \sum_j v_j, \qquad u_i = \max_j (S_{ij} - v_j),
+$$ \sum_i S_{i, \sigma(i)} \leq \sum_i u_i + \sum_j v_j, \qquad u_i = \max_j (S_{ij} - v_j), $$
 
 whatever the assignment. One that reaches equality is optimal, and every pair it uses is its label's best at these
 prices. Many prices prove the same assignment. Good ones leave every other pair well below its label's best, so that
@@ -39,7 +39,7 @@ SMALLEST_TEMPERATURE = 1e-6
 def first_prices(problem: Problem, warm: FloatArray | None) -> tuple[FloatArray, bool]:
     r"""Prices to start from: cheap, and good enough to choose candidates by.
 
-    The price of what all labels have in common, :math:`v_j = \langle \bar m, w_j \rangle`, makes means that nearly
+    The price of what all labels have in common, $v_j = \langle \bar m, w_j \rangle$, makes means that nearly
     coincide as easy as scattered ones. Labels in tight clusters still want the same few prototypes; prices learnt
     from a sample of the labels by Sinkhorn's iteration spread them. Where labels have no structure, the sample's own
     noise is worse than no prices; so labels held out decide, by their part of the dual objective.
@@ -118,7 +118,7 @@ def _admissible(prices: Tensor, num_labels: int) -> Tensor:
 def smooth_prices(candidates: Candidates, prices: FloatArray) -> FloatArray:
     r"""Entropic prices over the listed pairs: Sinkhorn's iteration at falling temperatures, from `prices`.
 
-    .. math:: u_i = \tau \log \sum_j e^{(S_{ij} - v_j) / \tau}, \qquad v_j = \tau \log \sum_i e^{(S_{ij} - u_i) / \tau}
+    $$ u_i = \tau \log \sum_j e^{(S_{ij} - v_j) / \tau}, \qquad v_j = \tau \log \sum_i e^{(S_{ij} - u_i) / \tau} $$
 
     They end close to optimal ones, and in the middle of them, at a few operations a listed pair.
 
@@ -166,10 +166,10 @@ class _Groups:
 def exact_prices(candidates: Candidates, assignment: IntArray, start: FloatArray) -> tuple[FloatArray, FloatArray]:
     r"""Optimal prices of the active pairs, given an optimal assignment over them.
 
-    The price :math:`p_i` of the prototype of label i must obey one inequality for each active pair (i, j), where k is
+    The price $p_i$ of the prototype of label i must obey one inequality for each active pair (i, j), where k is
     the label that j belongs to:
 
-    .. math:: p_k \geq p_i + S_{ij} - S_{i, \sigma(i)},
+    $$ p_k \geq p_i + S_{ij} - S_{i, \sigma(i)}, $$
 
     prices of prototypes left over being 0 and none negative. Raising what is too low until nothing is gives one
     solution, lowering what is too high another (both are longest paths), and so is their mean. From a good start
@@ -181,7 +181,7 @@ def exact_prices(candidates: Candidates, assignment: IntArray, start: FloatArray
         start: (P,) prices to stay close to.
 
     Returns:
-        Profits u (C,) and prices v (P,) with :math:`u_i + v_j \geq S_{ij}` over the active pairs, and equality on the
+        Profits u (C,) and prices v (P,) with $u_i + v_j \geq S_{ij}$ over the active pairs, and equality on the
         assignment.
 
     References:

@@ -44,8 +44,10 @@ class Alignment:
 def align(vectors: Tensor, prototypes: Tensor, *, num_starts: int = 4, seed: int = 0) -> Alignment:
     r"""Rotate vectors and match them one to one with prototypes, so that each lies along its own.
 
-    .. math:: \max_{R, \sigma} \sum_c \langle R v_c, w_{\sigma(c)} \rangle
-              \qquad R R^\top = I \text{ or } R^\top R = I, \; \sigma \text{ injective}
+    $$
+    \max_{R, \sigma} \sum_c \langle R v_c, w_{\sigma(c)} \rangle
+        \qquad R R^\top = I \text{ or } R^\top R = I, \; \sigma \text{ injective}
+    $$
 
     With sigma fixed this is orthogonal Procrustes, with R fixed an assignment problem; they alternate until neither
     gains. Both steps are exact, so that the similarity never decreases, but the alternation moves little from where
@@ -67,7 +69,7 @@ def align(vectors: Tensor, prototypes: Tensor, *, num_starts: int = 4, seed: int
         ShapeError: not two matrices.
         AssignmentError: P < C, or vectors that are not finite.
 
-    Example:
+    Examples:
         >>> corners = torch.tensor([[1.0, 0.0], [-0.6, 0.8], [0.0, -1.0]])
         >>> quarter_turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
         >>> found = align(corners[[2, 0, 1]] @ quarter_turn, corners)

@@ -50,7 +50,7 @@ def solve_sparse(
 ) -> SparseSolution:
     r"""Injective map sigma that maximises the total similarity; exact, in O(C + P) memory and a chunk.
 
-    .. math:: \max_\sigma \sum_i S_{i, \sigma(i)}, \qquad S_{ij} = a_i \langle m_i, w_j \rangle
+    $$ \max_\sigma \sum_i S_{i, \sigma(i)}, \qquad S_{ij} = a_i \langle m_i, w_j \rangle $$
 
     Column generation. The pairs that matter are listed by a scan in chunks, at prices that spread the labels over the
     prototypes. A sparse matching over the listed pairs has an optimal dual; no other pair can improve the matching if
@@ -73,7 +73,7 @@ def solve_sparse(
     Returns:
         The solution; after `max_rounds` the best so far, not proven.
 
-    Example:
+    Examples:
         >>> solve_sparse(torch.eye(3)[[2, 0, 1]], torch.eye(3), torch.arange(3)).assignment.tolist()
         [2, 0, 1]
 

@@ -12,7 +12,7 @@ SMALLEST_GAIN = 1e-9
 def swap_to_agree(vectors: Tensor, prototypes: Tensor, assignment: Tensor) -> Tensor:
     r"""Swap the prototypes of two vectors as long as that makes prototypes lie to each other as the vectors do.
 
-    .. math:: \max_\sigma \sum_{c, d} \langle v_c, v_d \rangle \langle w_{\sigma(c)}, w_{\sigma(d)} \rangle
+    $$ \max_\sigma \sum_{c, d} \langle v_c, v_d \rangle \langle w_{\sigma(c)}, w_{\sigma(d)} \rangle $$
 
     A quadratic assignment problem, which no rotation of either side changes. The best swap is taken each time: a
     local optimum, from a random start too far better than where alternating rotation and matching ends. One swap
@@ -26,7 +26,7 @@ def swap_to_agree(vectors: Tensor, prototypes: Tensor, assignment: Tensor) -> Te
     Returns:
         (C,) int64, a permutation of the start.
 
-    Example:
+    Examples:
         >>> line = torch.tensor([[6.0], [0.0], [-1.0], [-2.0]]).double()
         >>> swap_to_agree(line[[1, 3, 0, 2]], line, torch.arange(4)).tolist()
         [1, 3, 0, 2]
