@@ -374,9 +374,8 @@ def write_page(sections: dict[str, str]) -> None:
         "are medians, memory is the peak above what the process held before. Up to 10,000 classes, heads take turns "
         "with nn.Linear, and dynamic heads with static ones. Ratios are what carries over to other machines.\n\n"
     )
-    PAGE.write_text(
-        head + "\n".join(f"<!-- {name} -->\n{sections[name]}<!-- end -->\n" for name in SECTIONS if name in sections)
-    )
+    body = "\n".join(f"<!-- {name} -->\n{sections[name]}<!-- end -->\n" for name in SECTIONS if name in sections)
+    PAGE.write_text(head + body + '\n## Sources\n\n--8<-- "README.md:sources"\n')
 
 
 def main() -> None:
