@@ -30,7 +30,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
 
 
 # Asking is a graph break before torch 2.14. The answer depends on nothing but the kind of device ("meta" has none).
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
