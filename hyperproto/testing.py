@@ -23,10 +23,10 @@ from torch import Tensor
 from hyperproto.bank import PrototypeBank
 from hyperproto.errors import AssignmentError
 from hyperproto.functional import solve_assignment
-from hyperproto.geometry import normalise
 from hyperproto.head import HypersphericalHead
 from hyperproto.losses import PrototypeLoss
-from hyperproto.matching.check import check_assignment as check_assignment_tensor
+from hyperproto.matching.problem import check_assignment as check_assignment_tensor
+from hyperproto.sphere import normalise
 
 #: Largest problem that `check_optimal` solves by trying every assignment.
 BRUTE_FORCE_CLASSES = 7

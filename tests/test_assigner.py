@@ -82,7 +82,7 @@ def test_without_momentum_means_are_plain_means(head, data, seed):
 def _update_with_embeddings(assigner: DynamicAssigner, embeddings: torch.Tensor, labels: torch.Tensor) -> None:
     """Feed embeddings themselves, also where C = D makes their width that of logits."""
     if assigner.head.num_classes == assigner.head.dim:
-        assigner._update_hard(embeddings, labels) if len(labels) else None
+        assigner.feed(assigner.head._readout(embeddings, is_embedding=True), labels)
     else:
         assigner.update(embeddings, labels)
 
@@ -153,7 +153,10 @@ def test_soft_targets_weigh_the_sums():
     assigner = DynamicAssigner(HypersphericalHead(3, 4, projection="none"), momentum=None)
     x, t = unit_rows(6, 3), torch.rand(6, 4, generator=torch.Generator().manual_seed(1))
     assigner.update(x, t)
-    expected = t.double().numpy().T @ x.double().numpy()
+    # What a row gives to all labels alike says nothing about any of them.
+    weights = (t - t.min(dim=1, keepdim=True).values).double().numpy()
+    expected = weights.T @ x.double().numpy()
+    np.testing.assert_allclose(assigner.class_counts.numpy(), weights.sum(axis=0), atol=1e-6)
     np.testing.assert_allclose(
         assigner.class_means.numpy(), expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-6
     )

@@ -20,7 +20,7 @@ from hyperproto import (
     ShapeError,
     get_heads,
 )
-from hyperproto.logits import PLACED_PROBABILITY, default_logit_scale
+from hyperproto.separation import PLACED_PROBABILITY, default_logit_scale
 from hyperproto.testing import SEEDS, check_assignment, heads
 
 
@@ -139,7 +139,7 @@ def test_default_scale_is_sensible_beyond_the_simplex(method):
 
 def test_default_scale_is_bounded_for_overlapping_prototypes():
     bank = PrototypeBank.from_tensor(torch.tensor([[1.0, 0.0], [1.0, 1e-9], [1.0, 1e-8]]))
-    assert default_logit_scale(bank, 3) < 200
+    assert default_logit_scale(bank.prototypes, 3) < 200
 
 
 # Training output
@@ -220,7 +220,7 @@ def test_seed_decides_everything_and_the_global_generator_nothing():
 
 @pytest.mark.parametrize("k", [1, 3, 7])
 def test_topk_in_chunks_is_topk_of_all_logits(k, monkeypatch):
-    monkeypatch.setattr("hyperproto.head.TOPK_CHUNK", 3)
+    monkeypatch.setattr("hyperproto.codebook.TOPK_CHUNK", 3)
     head = HypersphericalHead(4, 7, bank=PrototypeBank(9, 4, method="random"), projection="none", logit_scale=1.0)
     head.assign_(torch.tensor([8, 0, 3, 5, 1, 7, 2]))
     embeddings = head.embed(rows(6, 4))

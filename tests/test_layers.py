@@ -1,9 +1,12 @@
 """The shape of the package: imports only go down, and importing it is cheap."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import hyperproto
 
@@ -14,28 +17,82 @@ LAYERS = [
     "errors",
     "precision",
     "modes",
-    "geometry",
+    "sphere",
+    "bounds",
     "targets",
+    "ranks",
+    "checkpoint",
     "constructions",
+    "separation",
     "bank",
     "matching",
-    "logits",
-    "checkpoint",
     "projection",
     "affine",
+    "readout",
+    "codebook",
     "head",
     "functional",
+    "class_means",
+    "assignment_step",
     "assigner",
     "losses",
     "conversion",
     "fitting",
-    "calibration",
     "testing",
 ]
 
+#: The same inside of folders.
+INNER_LAYERS = {
+    "constructions": [
+        "_check",
+        "_rotation",
+        "_optimise",
+        "simplex",
+        "orthoplex",
+        "random",
+        "code",
+        "separated",
+        "uniform",
+        "energy",
+        "hpn",
+        "class_vectors",
+    ],
+    "matching": ["problem", "dense", "candidates", "prices", "sparse", "solve", "swaps", "procrustes"],
+    "conversion": [
+        "locate",
+        "channels",
+        "record",
+        "replace",
+        "loading",
+        "structures",
+        "warm_start",
+        "restore",
+        "fold",
+        "describe",
+        "convert",
+    ],
+    "fitting": [
+        "statistics",
+        "closed_form",
+        "components",
+        "features",
+        "lbfgs",
+        "report",
+        "data",
+        "fit_head",
+        "refit_head",
+        "compress_head",
+        "fit_logit_scale",
+    ],
+}
 
-def _imports(path: Path) -> set[str]:
-    """Layers that a file imports from, at its top or inside functions."""
+#: Longest file, in lines.
+MOST_LINES = 350
+
+
+def _imports(path: Path, depth: int = 1) -> set[str]:
+    """Layers (or, at depth 2, files of its own folder) that a file imports from, at its top or inside functions."""
+    prefix = ".".join(["hyperproto", *path.relative_to(PACKAGE).parts[: depth - 1]]) + "."
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
@@ -47,7 +104,7 @@ def _imports(path: Path) -> set[str]:
             raise AssertionError(f"{path.name} imports relatively; write the full path")
         else:
             continue
-        found |= {name.split(".")[1] for name in names if name.startswith("hyperproto.")}
+        found |= {name.split(".")[depth] for name in names if name.startswith(prefix)}
     return found
 
 
@@ -62,6 +119,30 @@ def test_imports_only_go_down():
         for path in [single] if single.exists() else (PACKAGE / layer).rglob("*.py"):
             above = _imports(path) - set(LAYERS[: height + 1])
             assert not above, f"{path.relative_to(PACKAGE)} imports from the layers above it: {above}"
+
+
+@pytest.mark.parametrize("folder", INNER_LAYERS)
+def test_imports_only_go_down_inside_of_folders(folder):
+    layers = INNER_LAYERS[folder]
+    assert {path.stem for path in (PACKAGE / folder).glob("*.py")} - {"__init__"} == set(layers)
+    for height, layer in enumerate(layers):
+        path = PACKAGE / folder / f"{layer}.py"
+        above = _imports(path, depth=2) - set(layers[:height])
+        assert not above, f"{path.relative_to(PACKAGE)} imports from the files above it: {above}"
+
+
+def test_folders_have_layers():
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(INNER_LAYERS)
+
+
+def test_one_file_knows_torch_distributed():
+    known = re.compile(r"^\s*(from|import) torch\.distributed|from torch import .*\bdistributed\b", re.M)
+    assert {path.name for path in PACKAGE.rglob("*.py") if known.search(path.read_text())} == {"ranks.py"}
+
+
+def test_no_file_is_long():
+    lengths = {path.relative_to(PACKAGE): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert not {str(name): length for name, length in lengths.items() if length > MOST_LINES}
 
 
 def test_public_names_are_sorted_and_there():

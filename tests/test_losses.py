@@ -23,6 +23,7 @@ from hyperproto import (
     functional,
 )
 from hyperproto.losses import PrototypeLoss
+from hyperproto.readout import Readout
 from hyperproto.testing import SEEDS, check_loss, heads
 
 COUNTS = torch.tensor([500, 120, 40, 12, 7, 5])
@@ -194,15 +195,15 @@ def test_contract(make_loss, reduction):
 
 
 class Careless(BalancedLoss):
-    def _loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        loss = super()._loss(output, target)
+    def _loss(self, readout: Readout, target: torch.Tensor) -> torch.Tensor:
+        loss = super()._loss(readout, target)
         target.zero_()
         return loss
 
 
 class Detached(BalancedLoss):
-    def _loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return super()._loss(output, target) if len(output) else torch.zeros(())
+    def _loss(self, readout: Readout, target: torch.Tensor) -> torch.Tensor:
+        return super()._loss(readout, target) if len(target) else torch.zeros(())
 
 
 def test_the_contract_asks_for_a_gradient_of_an_empty_batch():

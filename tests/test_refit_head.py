@@ -37,6 +37,7 @@ from hyperproto import (
 )
 from hyperproto.affine import affine
 from hyperproto.conversion.channels import ChannelsFirstHead
+from hyperproto.fitting import data
 from hyperproto.fitting import refit_head as module
 from hyperproto.fitting.components import principal_components
 from hyperproto.fitting.lbfgs import minimise
@@ -140,7 +141,7 @@ def test_features_are_regrouped_to_bound_memory(limit, rows, monkeypatch):
 
     monkeypatch.setattr(module, "minimise", spy)
     for name, value in limit.items():
-        monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(data, name, value)
     refit_head(make_head(6, 8, 4), batched(features, labels, size=7))  # eight features, six classes
     assert sum(sizes) == len(labels)
     assert set(sizes[:-1]) == {rows}
@@ -272,7 +273,7 @@ def test_kept_features_do_not_keep_what_they_are_views_of(monkeypatch):
 
 @given(sizes=st.lists(st.integers(0, 9), max_size=6), size=st.integers(1, 7))
 def test_samples_are_regrouped_in_their_order(sizes, size):
-    regrouped, labels = module._Regrouped(size), torch.arange(sum(sizes))
+    regrouped, labels = data._Regrouped(size), torch.arange(sum(sizes))
     for own in labels.split(sizes):
         regrouped.add(own[:, None].float(), own)
     batches = regrouped.batches()
@@ -319,7 +320,7 @@ def test_the_start_is_the_principal_components_of_the_linear_logits():
         head.train().embed(features)
         head.eval().projection[1].weight.uniform_(0.5, 2.0)
         head.projection[1].bias.uniform_(-1.0, 1.0)
-        found = module._Features(nn.Sequential(head), (head,), batched(features, labels))
+        found = data.HeldFeatures(nn.Sequential(head), (head,), batched(features, labels), process_group=None)
         to_logits = head.class_prototypes.double() @ affine(head.projection, head.in_features)[0]
         projection, vectors = principal_components(to_logits, found.scatters[0], dim=2)
         logits = (head.projection(features) @ head.class_prototypes.T).double().numpy()

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import hyperproto
+from hyperproto.fitting import compress_head, refit_head
 
 ROOT = Path(__file__).parents[1]
 NUM_CLASSES, TRAIN_IMAGES, TEST_IMAGES = 4, 12, 5
@@ -156,7 +157,7 @@ def test_a_final_head_is_made_again_after_a_kill(folder, tmp_path, monkeypatch, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        for module in (train, train.hyperproto.fitting.refit_head):
+        for module in (train, refit_head, compress_head):
             patch.setattr(module, "minimise", kill)
         with pytest.raises(KeyboardInterrupt):
             run(folder, tmp_path / "killed.jsonl", *flags, "--output", str(tmp_path / "killed"))
