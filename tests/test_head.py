@@ -122,7 +122,9 @@ def test_recovery_follows_a_loaded_assignment():
     assert torch.equal(target.anchor_inverse, source.anchor_inverse)
 
 
-@pytest.mark.parametrize(("num_classes", "dim"), [(2, 8), (10, 9), (100, 99), (1000, 999)])
+@pytest.mark.parametrize(
+    ("num_classes", "dim"), [(2, 8), (10, 9), (100, 99), pytest.param(1000, 999, marks=pytest.mark.slow)]
+)
 def test_default_scale_gives_a_placed_sample_the_documented_probability(num_classes, dim):
     bank = PrototypeBank(num_classes, dim, method="simplex")
     head = HypersphericalHead(dim, num_classes, bank=bank, projection="none")

@@ -217,7 +217,10 @@ def test_the_contract_forbids_changing_the_target():
 
 @pytest.mark.parametrize(
     ("name", "backend"),
-    [*((name, "eager") for name in LOSSES), ("balanced", "inductor"), ("cross-entropy", "inductor")],
+    [
+        *((name, "eager") for name in LOSSES),
+        *(pytest.param(name, "inductor", marks=pytest.mark.slow) for name in ("balanced", "cross-entropy")),
+    ],
 )
 @pytest.mark.parametrize("training_output", ["logits", "embedding"])
 def test_a_compiled_loss_takes_no_label_from_the_end(name, backend, training_output):

@@ -379,7 +379,7 @@ def test_the_second_step_of_an_assigner_scans_once_when_little_has_changed(monke
     bank = PrototypeBank.from_tensor(prototypes)
     head = HypersphericalHead(64, 1200, bank=bank, projection="none", training_output="embedding")
     assigner = DynamicAssigner(head, solver="sparse", momentum=None)
-    means = means_of("coinciding", 1200, prototypes)
+    means = means_of("clusters", 1200, prototypes)
     assigner.update(means, torch.arange(1200))
     assigner.step()
     scanned = []
