@@ -1,5 +1,8 @@
 """The models on which the tests of compatibility run: one of each structure, as small as it can be made."""
 
+from collections.abc import Iterable
+
+import pytest
 import timm
 import torch
 from torch import Tensor, nn
@@ -15,6 +18,13 @@ MODELS: dict[str, dict[str, object]] = {
     "resnetv2_18": {"layers": (1, 1, 1, 1), "channels": (16, 16, 32, 32), "stem_chs": 16},
 }
 NUM_CLASSES = 10
+
+
+def in_front(names: Iterable[str], *first: str) -> list[object]:
+    """The names as parameters of a test, of which `first` run always, and the others with `-m slow`."""
+    names = list(names)
+    assert set(first) <= set(names)
+    return [name if name in first else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def plain(name: str) -> nn.Module:

@@ -289,6 +289,31 @@ def test_an_assigner_whose_buffers_ddp_broadcasts_is_noticed():
     assert run_on_ranks(wrap_the_assigner_too, 2, False) == [str(4 * NUM_CLASSES)] * 2
 
 
+def test_each_of_three_ranks_notices_for_itself():
+    for message in run_on_ranks(wrap_the_assigner_too, 3, True):
+        assert "on 2 ranks the assigner's buffers were overwritten" in message
+
+
+def step_after_each_batch(rank: int) -> list[int]:
+    """Buffers that are broadcast before each forward pass lose nothing where a step follows each."""
+    head = HypersphericalHead(4, NUM_CLASSES, dim=DIM, projection="linear")
+    assigner = DynamicAssigner(head)
+    model = torch.nn.ModuleDict({"head": head, "criterion": BalancedLoss(assigner)})
+    model.forward = lambda features, labels: model["criterion"](model["head"](features), labels)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    counts = []
+    for _ in range(3):
+        wrapped(torch.randn(NUM_CLASSES, 4), torch.arange(NUM_CLASSES)).backward()
+        assigner.step()
+        counts.append(int(assigner.class_counts.sum()))
+    return counts
+
+
+def test_an_assigner_that_is_broadcast_with_nothing_pending_goes_on():
+    expected = [2 * NUM_CLASSES * (epoch + 1) for epoch in range(3)]
+    assert run_on_ranks(step_after_each_batch, 2) == [expected] * 2
+
+
 # Another number of ranks
 
 

@@ -372,3 +372,24 @@ def test_memory_of_20000_labels():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert out[0] == "True"
     assert int(out[1]) < 600 * 1024  # KiB; the matrix alone would be 3.0 GiB in float64
+
+
+def test_the_second_step_of_an_assigner_scans_once_when_little_has_changed(monkeypatch):
+    prototypes = unit_rows(1200, 64)
+    bank = PrototypeBank.from_tensor(prototypes)
+    head = HypersphericalHead(64, 1200, bank=bank, projection="none", training_output="embedding")
+    assigner = DynamicAssigner(head, solver="sparse", momentum=None)
+    means = means_of("clusters", 1200, prototypes)
+    assigner.update(means, torch.arange(1200))
+    assigner.step()
+    scanned = []
+    scan = Candidates.scan
+
+    def counting(self, prices, labels=None):
+        scanned.append(len(self.left_out) if labels is None else len(labels))
+        return scan(self, prices, labels)
+
+    monkeypatch.setattr(Candidates, "scan", counting)
+    assigner.update(normalise(means + 1e-4 * unit_rows(1200, 64, seed=9)), torch.arange(1200))
+    assigner.step()
+    assert 0 < sum(scanned) < 1.5 * 1200
