@@ -24,6 +24,7 @@ def state_of(modules: Mapping[str, nn.Module]) -> State:
                     state[f"{path}.{name}"] = setting
             for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                 state[f"{path}.{name}"] = tensor.detach().clone()
+                state[f"{path}.{name}.requires_grad"] = tensor.requires_grad
     return state
 
 

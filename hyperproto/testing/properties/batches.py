@@ -67,12 +67,15 @@ def treats_samples_in_any_order(subject: Subject) -> None:
 def treats_samples_apart(subject: Subject) -> None:
     """Each sample's loss depends on its own output and label only, but for the class lengths of dot regression."""
     batch = subject.imbalanced()
-    parts = batch[: len(batch) // 2], batch[len(batch) // 2 :]
+    parts = batch[:1], batch[1 : len(batch) // 2], batch[len(batch) // 2 :]
     total, gradient = subject.total_and_gradient(batch.embeddings, batch.labels)
     totals, gradients = zip(*(subject.total_and_gradient(part.embeddings, part.labels) for part in parts), strict=True)
     apart = torch.cat(gradients)
     if is_close(gradient, apart):
-        require(is_close(total, sum(totals, torch.zeros_like(total))), "the losses of two batches do not add up")
+        require(
+            is_close(total, sum(totals, torch.zeros_like(total))),
+            "the losses of a batch and of its parts do not add up",
+        )
         return
     lengths = _dot_regression_lengths(batch.labels)[:, None]
     lengths_apart = torch.cat([_dot_regression_lengths(part.labels) for part in parts])[:, None]
