@@ -215,7 +215,7 @@ def test_a_frozen_backbone_stays_and_the_head_trains(name):
     assert all(p.requires_grad for child in names for p in model.get_submodule(child).parameters())
 
 
-@needs("a freeze that reaches the tokens of a Vision Transformer", timm="1.0.26")
+@needs("a freeze that reaches the tokens of a Vision Transformer", timm="1.0.31")
 @every_model
 def test_freezing_the_whole_model_keeps_the_heads(name):
     model = converted(name)

@@ -173,7 +173,7 @@ def work_alone_then_step(rank: int) -> tuple[int, int]:
     return outside.get_total_counts(), inside.get_total_counts()
 
 
-@needs("a CommDebugMode in which a module may be called twice", torch="2.11")
+@needs("a CommDebugMode in which a module may be called twice", torch="2.14")
 def test_one_collective_in_step_and_none_outside():
     assert run_on_ranks(work_alone_then_step, 2, seconds=20) == [(0, 1), (0, 1)]
 
