@@ -95,16 +95,24 @@ class TensorLoader:
             for chosen in torch.arange(len(self.labels), device=self.labels.device).split(self.batch_size):
                 yield self._normalise(self.images[chosen]), self.labels[chosen]
             return
+        for drawn in self.draws(self.epoch).split(self.batch_size, dim=1):
+            yield self.augmented(drawn)
+
+    def draws(self, epoch: int) -> Tensor:
+        """(4, N) int64: for each image of an epoch's whole batches its index, shift in rows and columns, and flip."""
         # All processes draw the same numbers for all images, and each takes its share of them.
-        generator = torch.Generator().manual_seed(seed_for(self.augment_seed, self.epoch))
+        generator = torch.Generator().manual_seed(seed_for(self.augment_seed, epoch))
         count, num_shifts = len(self.labels), 2 * self.padding + 1
         order = torch.randperm(count, generator=generator)
         shifts = torch.randint(num_shifts, (2, count), generator=generator)
         mirrored = torch.randint(2, (1, count), generator=generator) * self.flip
-        draws = torch.cat([order[None], shifts, mirrored])[:, self.rank :: self.world_size].to(self.labels.device)
-        for batch in draws.split(self.batch_size, dim=1)[: len(self)]:
-            chosen, tops, lefts, flips = batch  # (B,) each
-            yield self._normalise(self._crop_and_flip(chosen, tops, lefts, flips)), self.labels[chosen]
+        draws = torch.cat([order[None], shifts, mirrored])[:, self.rank :: self.world_size]
+        return draws[:, : len(self) * self.batch_size].to(self.labels.device)
+
+    def augmented(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch (B, 3, H, W) and its labels (B,) that some of these draws (4, B) ask for."""
+        chosen, tops, lefts, flips = drawn  # (B,) each
+        return self._normalise(self._crop_and_flip(chosen, tops, lefts, flips)), self.labels[chosen]
 
     def _crop_and_flip(self, chosen: Tensor, tops: Tensor, lefts: Tensor, flips: Tensor) -> Tensor:
         """(B,) indices and draws -> (B, H, W, 3) uint8, each image shifted in its black frame and mirrored or not."""

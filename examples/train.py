@@ -53,11 +53,11 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from tqdm import tqdm
 
 import hyperproto
+from hyperproto.affine import affine
 from hyperproto.fitting.components import principal_components
 from hyperproto.fitting.features import add_up_ranks, captured_features
 from hyperproto.fitting.lbfgs import Batches, minimise
 from hyperproto.fitting.statistics import FeatureStatistics
-from hyperproto.projection import affine_of
 
 #: Published settings; flags given on the command line override them, and docs/training.md says where we differ. The
 #: defaults are the recipe of docs/results.md.
@@ -325,6 +325,7 @@ class FreeClassVectors(nn.Module):
         like = hyperproto.HypersphericalHead(
             in_features, num_classes, dim=dim, bank="random", projection=projection, seed=seed
         )
+        self.in_features = in_features
         self.projection = like.projection
         self.vectors = nn.Linear(dim, num_classes)
 
@@ -598,7 +599,7 @@ class Trainer:
         args, model = self.args, self.evaluated_model()
         for index, (name, batches) in enumerate(self.features().items()):
             trained = model.get_submodule(name)
-            matrix, shift = affine_of(trained.projection, args.dim)
+            matrix, shift = affine(trained.projection, trained.in_features)
             vectors = trained.vectors.weight.detach().cpu().double()
             statistics = FeatureStatistics(args.num_classes, matrix.shape[1])
             for rows, labels in batches:

@@ -160,7 +160,7 @@ class HypersphericalHead(nn.Module):
             check_features(features, self.in_features)
         # In rows: what torch.nn.SyncBatchNorm.convert_sync_batchnorm puts in takes the second dimension for channels.
         rows = self.projection(features.flatten(0, -2))
-        return unflatten_rows(normalise(rows), features)
+        return normalise(unflatten_rows(rows, features))
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from hyperproto.errors import ShapeError
 from hyperproto.precision import full_precision, keeping_dtype
@@ -30,33 +29,21 @@ def build_projection(projection: Projection, in_features: int, dim: int, *, seed
     return linear if projection == "linear" else nn.Sequential(linear, RowBatchNorm(dim, dtype=torch.float32))
 
 
-def layers_of(projection: nn.Module) -> tuple[nn.Linear | None, _BatchNorm | None]:
-    """The linear map and the batch norm of a projection, as far as it has them (SyncBatchNorm counts as one).
-
-    Examples:
-        >>> layers_of(build_projection("linear", 4, 2, seed=0))
-        (SeededLinear(in_features=4, out_features=2, bias=False), None)
-    """
-    modules = list(projection.modules())
-    linear = next((module for module in modules if isinstance(module, nn.Linear)), None)
-    return linear, next((module for module in modules if isinstance(module, _BatchNorm)), None)
+def has_layers(projection: nn.Module) -> bool:
+    """Whether a projection does anything: it is not that of `projection="none"`."""
+    return not isinstance(projection, nn.Identity)
 
 
-def affine_of(projection: nn.Module, dim: int) -> tuple[Tensor, Tensor]:
-    """A projection to D dimensions in eval mode as x -> A x + b: (D, in_features), (D,), float64 on the CPU."""
-    shift = torch.zeros(dim, dtype=torch.float64, device="cpu")
-    linear, norm = layers_of(projection)
-    matrix = torch.eye(dim, dtype=torch.float64, device="cpu") if linear is None else linear.weight.cpu().double()
-    if norm is None or norm.running_mean is None or norm.running_var is None:
-        return matrix, shift
-    scale = norm.weight.cpu().double() / (norm.running_var.cpu().double() + norm.eps).sqrt()
-    return scale[:, None] * matrix, norm.bias.cpu().double() - scale * norm.running_mean.cpu().double()
+def fresh_length(dim: int) -> float:
+    """Expected length of the weight (D, F) of a fresh `SeededLinear`, whose entries have variance 1 / (3 F)."""
+    return math.sqrt(dim / 3.0)
 
 
 class SeededLinear(nn.Linear):
     """Bias-free linear map that starts from a seed, not from the global generator, in float32 under autocast.
 
-    The start is that of `nn.Linear`, uniform in +-1 / sqrt(in_features).
+    The start is that of `nn.Linear`, uniform in +-1 / sqrt(in_features). A bias that something gives it later, such as
+    fusing the batch norm behind it, is added.
 
     Examples:
         >>> first, second = SeededLinear(4, 2, seed=0), SeededLinear(4, 2, seed=0)
@@ -77,7 +64,7 @@ class SeededLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        return _linear(input, self.weight)
+        return _linear(input, self.weight, self.bias)
 
 
 class RowBatchNorm(nn.BatchNorm1d):
@@ -134,12 +121,12 @@ def unflatten_rows(rows: Tensor, features: Tensor) -> Tensor:
 
 
 @torch.fx.wrap
-def _linear(features: Tensor, weight: Tensor) -> Tensor:
+def _linear(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.jit.is_scripting():
-        return F.linear(features.to(weight.dtype), weight)
+        return F.linear(features.to(weight.dtype), weight, bias)
     else:
         with full_precision(features.device):
-            return F.linear(features.to(weight.dtype), weight)
+            return F.linear(features.to(weight.dtype), weight, bias)
 
 
 @torch.fx.wrap

@@ -18,7 +18,7 @@ from hyperproto import (
     PrototypeCrossEntropyLoss,
     convert_model,
 )
-from hyperproto.projection import layers_of
+from hyperproto.affine import layers_of
 
 #: Unit roundoff: half the distance from 1 to the next number.
 ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}

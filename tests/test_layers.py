@@ -13,6 +13,7 @@ PACKAGE = Path(hyperproto.__file__).parent
 LAYERS = [
     "errors",
     "precision",
+    "modes",
     "geometry",
     "targets",
     "constructions",
@@ -21,6 +22,7 @@ LAYERS = [
     "logits",
     "checkpoint",
     "projection",
+    "affine",
     "head",
     "functional",
     "assigner",

@@ -35,11 +35,11 @@ from hyperproto import (
     restore_model,
     to_linear,
 )
+from hyperproto.affine import affine
 from hyperproto.conversion.channels import ChannelsFirstHead
 from hyperproto.fitting import refit_head as module
 from hyperproto.fitting.components import principal_components
 from hyperproto.fitting.lbfgs import minimise
-from hyperproto.projection import affine_of
 from hyperproto.testing import SEEDS, check_assignment, check_bank
 
 
@@ -320,7 +320,7 @@ def test_the_start_is_the_principal_components_of_the_linear_logits():
         head.eval().projection[1].weight.uniform_(0.5, 2.0)
         head.projection[1].bias.uniform_(-1.0, 1.0)
         found = module._Features(nn.Sequential(head), (head,), batched(features, labels))
-        to_logits = head.class_prototypes.double() @ affine_of(head.projection, head.dim)[0]
+        to_logits = head.class_prototypes.double() @ affine(head.projection, head.in_features)[0]
         projection, vectors = principal_components(to_logits, found.scatters[0], dim=2)
         logits = (head.projection(features) @ head.class_prototypes.T).double().numpy()
         coordinates = projection(features).double().numpy()

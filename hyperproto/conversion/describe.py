@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
+from hyperproto.affine import known_layers
 from hyperproto.bank import PrototypeBank
 from hyperproto.conversion.locate import Leaf, num_inputs, num_outputs
 from hyperproto.conversion.record import RECORD, Conversion, count_parameters
 from hyperproto.geometry import sampled_largest_cosines
 from hyperproto.head import HypersphericalHead, get_heads, require_heads
+from hyperproto.projection import has_layers
 
 #: Prototypes whose nearest neighbours are looked for: the time must not grow with the square of a bank of a million.
 SAMPLED_ROWS = 4096
@@ -53,9 +55,13 @@ def _origin(leaf: Leaf | None) -> str:
 
 
 def _projection(head: HypersphericalHead) -> str:
-    if isinstance(head.projection, nn.Identity):
+    if not has_layers(head.projection):
         return f"no projection ({head.in_features})"
-    layers = "linear, batch norm" if isinstance(head.projection, nn.Sequential) else "linear"
+    known = known_layers(head.projection)
+    if known is None:
+        layers = ", ".join(type(module).__name__ for module in head.projection.modules() if not list(module.children()))
+    else:
+        layers = "linear" if known.batch_norm is None else "linear, batch norm"
     return f"projects {head.in_features} -> {head.dim} ({layers})"
 
 

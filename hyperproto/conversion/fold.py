@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hyperproto.affine import affine
 from hyperproto.conversion.channels import ChannelsFirstHead
 from hyperproto.conversion.locate import Leaf, put_in_place
 from hyperproto.conversion.record import RECORD, get_record
 from hyperproto.errors import ArgumentError
 from hyperproto.head import HypersphericalHead, get_heads
-from hyperproto.projection import affine_of
 
 
 def to_linear(model: nn.Module) -> nn.Module:
@@ -34,7 +34,7 @@ def to_linear(model: nn.Module) -> nn.Module:
 
     Raises:
         ArgumentError: the model combines several heads, each of which normalises on its own: no linear layers rank
-            as their sum does.
+            as their sum does. Or its projection is not affine: no linear layer ranks as that does.
         HeadNotFoundError: the model was not converted, or it is wrapped: pass the model inside.
 
     Examples:
@@ -74,7 +74,7 @@ def to_linear(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def _fold(head: HypersphericalHead, witness: Tensor | None) -> Leaf:
     """The head as a layer with the witness's device and dtype."""
-    matrix, shift = affine_of(head.projection, head.dim)
+    matrix, shift = affine(head.projection, head.in_features)
     prototypes = float(head.logit_scale) * head.class_prototypes.cpu().double()  # (C, D)
     weight, bias = (prototypes @ part for part in (matrix, shift))  # (C, in_features), (C,)
     layer = _layer(weight, bias, channels_first=isinstance(head, ChannelsFirstHead))

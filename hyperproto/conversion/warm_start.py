@@ -7,14 +7,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from hyperproto.affine import affine_state, layers_of
 from hyperproto.errors import ArgumentError, ShapeError
 from hyperproto.functional import solve_assignment
 from hyperproto.head import HypersphericalHead
 from hyperproto.matching.check import check_assignment
 from hyperproto.matching.procrustes import align
-from hyperproto.projection import layers_of
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,8 @@ def warm_start_(
 
     Raises:
         ShapeError: head and classifier differ in width or number of classes.
-        ArgumentError: weights that are not finite, or have no values (meta device).
+        ArgumentError: weights that are not finite, or have no values (meta device); a projection of another kind than
+            `HypersphericalHead` makes.
         AssignmentError: `assignment` is invalid. After any error the head is as it was.
 
     Examples:
@@ -83,11 +83,11 @@ def warm_start_(
         Schoenemann, A generalized solution of the orthogonal Procrustes problem, 1966.
     """
     weight, bias = _centred(head, classifier)
-    linear, batch_norm = layers_of(head.projection)
+    layers = layers_of(head.projection)
     prototypes = head.bank.prototypes.cpu().double()
     if assignment is not None:
         check_assignment(assignment, head.num_classes, head.bank.num_prototypes)
-    if linear is None:
+    if layers.linear is None:
         if assignment is None:
             assignment = solve_assignment(weight, prototypes, weights=weight.norm(dim=1)).assignment
         head.assign_(assignment.to(head.assignment.device))
@@ -96,10 +96,9 @@ def warm_start_(
     candidates = [assignment] if assignment is not None else [head.assignment, align(weight, prototypes).assignment]
     fits = [(candidate, _fit(_frame(prototypes, candidate), weight, bias)) for candidate in candidates]
     assignment, fit = max(fits, key=lambda candidate_and_fit: round(candidate_and_fit[1].reproduced, 9))
+    state = affine_state(head.projection, fit.projection, fit.bias)
     head.assign_(assignment.to(head.assignment.device))
-    linear.weight.copy_(fit.projection)
-    if batch_norm is not None:
-        _set_batch_norm_(batch_norm, fit.projection, fit.bias)
+    head.projection.load_state_dict(state)
     return WarmStart(fit.reproduced)
 
 
@@ -122,22 +121,6 @@ def _frame(prototypes: Tensor, assignment: Tensor) -> Tensor:
     """The assigned prototypes (C, D), less their mean."""
     chosen = prototypes[assignment.cpu()]
     return chosen - chosen.mean(dim=0)
-
-
-def _set_batch_norm_(batch_norm: _BatchNorm, projection: Tensor, bias: Tensor) -> None:
-    """Let batch norm add the bias in eval mode and do about the same in train mode, where it divides by the spread.
-
-    The spread of each dimension is not known without data: taken as that of features whose entries are independent.
-    """
-    variance = projection.square().sum(dim=1).clamp_min(1e-12)
-    start = {
-        "running_mean": -bias,
-        "running_var": variance,
-        "num_batches_tracked": torch.zeros((), dtype=torch.int64),
-        "weight": (variance + batch_norm.eps).sqrt(),
-        "bias": torch.zeros_like(bias),
-    }
-    batch_norm.load_state_dict(start)
 
 
 def _squared_cosine(matrix: Tensor, weight: Tensor) -> float:

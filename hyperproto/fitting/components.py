@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hyperproto.affine import set_affine_
 from hyperproto.fitting.statistics import ClassScatter
 from hyperproto.projection import build_projection
 
@@ -28,10 +29,8 @@ def principal_components(to_logits: Tensor, scatter: ClassScatter, dim: int) -> 
     variances, directions = torch.linalg.eigh(to_logits @ scatter.sample_covariance @ to_logits.T)
     leading = directions.flip(1)[:, :dim]  # (C, D)
     deviations = variances.flip(0)[:dim].clamp_min(0.0).sqrt()
-    weight = leading.T @ to_logits  # (D, F)
+    matrix = leading.T @ to_logits / deviations[:, None].clamp_min(torch.finfo(torch.float32).tiny)  # (D, F)
+    mean, covariance = scatter.sample_mean, scatter.sample_covariance
     projection = build_projection("linear+bn", to_logits.shape[1], dim, seed=0).eval()
-    linear, batch_norm = projection.children()
-    linear.load_state_dict({"weight": weight})
-    statistics = {"running_mean": weight @ scatter.sample_mean, "running_var": deviations.square()}
-    batch_norm.load_state_dict(batch_norm.state_dict() | statistics)
+    set_affine_(projection, matrix, torch.zeros_like(deviations), centre=mean, mean=mean, covariance=covariance)
     return projection, (leading * deviations).float().contiguous()

@@ -16,6 +16,8 @@ from hyperproto.errors import ArgumentError, HeadNotFoundError, ShapeError
 from hyperproto.fitting.statistics import FeatureStatistics
 from hyperproto.geometry import normalise
 from hyperproto.head import HypersphericalHead
+from hyperproto.modes import eval_mode
+from hyperproto.projection import has_layers
 from hyperproto.targets import check_target
 
 #: Takes the number of a head, features (N, F) float32 that reach it, and the target (N,) or (N, C) of each on the CPU.
@@ -64,7 +66,7 @@ def captured_features(model: nn.Module, projections: Sequence[nn.Module]) -> Ite
 
     def keep(index: int, projection: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         # Without a projection it is directions that count.
-        rows = normalise(arguments[0]) if isinstance(projection, nn.Identity) else arguments[0]
+        rows = arguments[0] if has_layers(projection) else normalise(arguments[0])
         captured.append((index, rows.float()))
 
     # At the projection, where features are rows (N, in_features) whatever the layout of the head.
@@ -89,18 +91,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     # A loader draws its seed from the global generator.
     with eval_mode(model), torch.random.fork_rng(devices=[]):
         yield
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """All modules in eval mode, and as they were afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def add_up_ranks(tensors: list[Tensor], device: torch.device) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hyperproto.affine import affine_state, layers_of
 from hyperproto.assigner import check_shared_bank
 from hyperproto.fitting.closed_form import match_classes, regress
 from hyperproto.fitting.features import add_up_statistics, feed_features
@@ -17,7 +17,6 @@ from hyperproto.fitting.report import HeadFit, report_fit
 from hyperproto.fitting.statistics import FeatureSample, FeatureStatistics
 from hyperproto.functional import solve_assignment
 from hyperproto.head import HypersphericalHead, require_heads
-from hyperproto.projection import layers_of
 
 #: Numbers of the features kept to measure the accuracy of the start by: 128 MiB.
 KEPT_NUMBERS = 2**25
@@ -86,6 +85,8 @@ def fit_head(model: nn.Module, loader: Iterable[Any]) -> HeadFit:
     """
     heads = require_heads(model)
     check_shared_bank(heads)
+    for head in heads:
+        layers_of(head.projection)  # raises for a projection that cannot be set, before the pass over the data
     statistics = [FeatureStatistics(head.num_classes, head.in_features) for head in heads]
     sample = FeatureSample(max(1, KEPT_NUMBERS // heads[0].in_features), heads[0].in_features)
 
@@ -110,45 +111,32 @@ class _Start:
     """What is to be written into a head: nothing has changed while one of these is made."""
 
     assignment: Tensor
-    weight: Tensor | None = None
-    batch_norm: dict[str, Tensor] | None = None
+    projection: dict[str, Tensor]
 
     def write_into(self, head: HypersphericalHead) -> None:
-        linear, batch_norm = layers_of(head.projection)
-        if linear is not None and self.weight is not None:
-            linear.weight.copy_(self.weight)
-        if batch_norm is not None and self.batch_norm is not None:
-            batch_norm.load_state_dict({**batch_norm.state_dict(), **self.batch_norm})
+        head.projection.load_state_dict(self.projection)
         head.assign_(self.assignment.to(head.assignment.device))
 
 
 def _fit(head: HypersphericalHead, statistics: FeatureStatistics, assignment: Tensor | None) -> _Start:
     """The closed form for one head, with the assignment given or chosen here."""
     prototypes, current = head.bank.prototypes.cpu().double(), head.assignment.cpu()
-    linear, batch_norm = layers_of(head.projection)
-    if linear is None:
+    layers = layers_of(head.projection)
+    if layers.linear is None:
         if assignment is None:
             assignment = solve_assignment(statistics.sums, prototypes, current=current).assignment
-        return _Start(assignment)
+        return _Start(assignment, {})
     scatter = statistics.scatter()
     if assignment is None:
         assignment = match_classes(scatter, prototypes, current)
     targets = prototypes[assignment[scatter.labels]]  # (S, D)
-    weight = regress(scatter, targets, intercept=batch_norm is not None)  # (D, F)
-    # The length of a fresh projection, so that the learning rate and half precision find what they expect. Scaling
-    # all of an embedding changes no direction.
-    scale = math.sqrt(head.dim / 3.0) / float(weight.norm())
-    weight = (scale * weight).to(linear.weight.dtype).double()  # as it is going to be rounded
-    if batch_norm is None:
-        return _Start(assignment, weight)
-    variance = ((weight @ scatter.sample_covariance) * weight).sum(dim=1).clamp_min(0.0)
-    mean = weight @ scatter.sample_mean
-    # As long as fresh ones, on average.
-    length = variance.mean().sqrt()
-    state = {
-        "running_mean": mean,
-        "running_var": variance,
-        "weight": (variance + batch_norm.eps).sqrt() / length,
-        "bias": (mean - weight @ scatter.centre + scale * targets.mean(dim=0)) / length,
-    }
-    return _Start(assignment, weight, state)
+    matrix = regress(scatter, targets, intercept=layers.has_intercept)  # (D, F)
+    state = affine_state(
+        head.projection,
+        matrix,
+        targets.mean(dim=0),
+        centre=scatter.centre,
+        mean=scatter.sample_mean,
+        covariance=scatter.sample_covariance,
+    )
+    return _Start(assignment, state)

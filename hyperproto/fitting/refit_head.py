@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hyperproto.affine import affine, layers_of
 from hyperproto.bank import PrototypeBank
 from hyperproto.conversion.locate import check_unwrapped
 from hyperproto.conversion.replace import replace_head
@@ -24,7 +25,7 @@ from hyperproto.functional import prototype_cross_entropy
 from hyperproto.geometry import normalise
 from hyperproto.head import HypersphericalHead, get_heads, require_heads
 from hyperproto.precision import full_precision
-from hyperproto.projection import affine_of, layers_of
+from hyperproto.projection import has_layers
 
 #: Samples of a batch. The vectors that L-BFGS keeps come to lie where the last batch's temporaries were: with large
 #: ones the heap grows by about as much at each iteration.
@@ -82,7 +83,7 @@ def refit_head(model: nn.Module, loader: Iterable[Any], *, scale: float = 16.0, 
     """
     heads = require_heads(model)
     _check_options(scale, iterations)
-    if any(isinstance(head.projection, nn.Identity) for head in heads):
+    if not all(has_layers(head.projection) for head in heads):
         raise ArgumentError('a head with projection="none" has nothing to fit: convert with "linear" or "linear+bn".')
     features = _Features(model, heads, loader)
     fitted = []
@@ -151,7 +152,7 @@ def compress_head(
     _check_compressible(old, name, others, dim)
     features = _Features(model, (old,), loader)
     [batches] = features.batches
-    matrix, _ = affine_of(old.projection, old.dim)
+    matrix, _ = affine(old.projection, old.in_features)
     to_logits = old.class_prototypes.cpu().double() @ matrix  # (C, F)
     projection, start = principal_components(to_logits, features.scatters[0], dim)
     projection, vectors = projection.to(old.assignment.device), nn.Parameter(start.to(old.assignment.device))
@@ -182,7 +183,7 @@ def _check_compressible(head: HypersphericalHead, name: str, others: list[str], 
         raise ArgumentError("a bare head cannot be replaced in place: pass the model that has it.")
     if others:
         raise ArgumentError(f"expected a model with one head, got {1 + len(others)}, at {', '.join([name, *others])}.")
-    if None in layers_of(head.projection):
+    if layers_of(head.projection).batch_norm is None:
         raise ArgumentError('expected a head with projection="linear+bn": the new one has it, and starts from the old.')
     if not 2 <= dim <= head.num_classes:
         raise ArgumentError(f"expected dim from 2 to the number of classes, {head.num_classes}, got {dim}.")

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyperproto.fitting.features import add_up_ranks, eval_mode
+from hyperproto.fitting.features import add_up_ranks
 from hyperproto.fitting.statistics import FeatureStatistics
 from hyperproto.head import HypersphericalHead
+from hyperproto.modes import eval_mode
 
 
 @dataclass(frozen=True)

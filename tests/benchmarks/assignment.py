@@ -2,6 +2,7 @@
 
     python tests/benchmarks/assignment.py --quick             # one size of two thousand labels, under a minute
     python tests/benchmarks/assignment.py                     # all sizes; --only 8000 for one of them
+    python tests/benchmarks/assignment.py --device cuda       # the sparse solver's input lies on a GPU
 
 The table of all sizes is part of docs/performance.md, which performance.py makes. Every row runs in a process of its
 own. Seconds are wall time; CPU seconds are given too, since a busy machine stretches the former. The peer is
@@ -59,18 +60,19 @@ def peak_mib():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def run_sparse(shape, num_classes, dim):
+def run_sparse(shape, num_classes, dim, device):
     import torch
 
     from hyperproto.functional import solve_assignment
     from hyperproto.geometry import normalise
 
-    means, prototypes = problem(shape, num_classes, dim)
+    means, prototypes = (rows.to(device) for rows in problem(shape, num_classes, dim))
     solve_assignment(means[:200], prototypes[:200], method="sparse")  # loads scipy
     before = peak_mib()
     first, seconds, cpu = measured(solve_assignment, means, prototypes, method="sparse")
     memory = peak_mib() - before
     noise = normalise(torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(1)))
+    noise = noise.to(device)
     moved = normalise(means + 1e-3 * noise)
     warm, warm_seconds, warm_cpu = measured(
         solve_assignment, moved, prototypes, current=first.assignment, prices=first.prices, method="sparse"
@@ -111,20 +113,21 @@ def run_dense(shape, num_classes, dim):
     }
 
 
-def in_own_process(solver, shape, num_classes, dim):
-    command = [sys.executable, __file__, "--row", solver, shape, str(num_classes), str(dim)]
+def in_own_process(solver, shape, num_classes, dim, device):
+    command = [sys.executable, __file__, "--row", solver, shape, str(num_classes), str(dim), "--device", device]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
 
 
-def measure(quick=False, only=None):
+def measure(quick=False, only=None, device="cpu"):
     """The rows of all sizes, one after the other."""
     for num_classes, dim in SIZES["quick" if quick else "full"]:
         if only not in (None, num_classes):
             continue
         for shape in SHAPES if num_classes < 100_000 else LARGEST_SHAPES:
             row = {"shape": shape, "num_classes": num_classes, "dim": dim}
-            row["sparse"] = in_own_process("sparse", shape, num_classes, dim)
-            row["dense"] = in_own_process("dense", shape, num_classes, dim) if num_classes <= LARGEST_DENSE else None
+            row["sparse"] = in_own_process("sparse", shape, num_classes, dim, device)
+            dense = num_classes <= LARGEST_DENSE
+            row["dense"] = in_own_process("dense", shape, num_classes, dim, "cpu") if dense else None
             yield row
 
 
@@ -148,16 +151,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one small size")
     parser.add_argument("--only", type=int, help="only this number of labels")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the sparse solver's input")
     parser.add_argument("--row", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.row:
         solver, shape, num_classes, dim = arguments.row
-        run = run_sparse if solver == "sparse" else run_dense
-        print(json.dumps(run(shape, int(num_classes), int(dim))))
+        size = int(num_classes), int(dim)
+        result = run_sparse(shape, *size, arguments.device) if solver == "sparse" else run_dense(shape, *size)
+        print(json.dumps(result))
         return
     line = "{:>7} {:>4} {:<10} {:>7} {:>7} {:>7} {:>6} {:>8} {:>11} {:>6} {:>7} {:>6}"
     print(line.format(*HEADING), flush=True)
-    for row in measure(arguments.quick, arguments.only):
+    for row in measure(arguments.quick, arguments.only, arguments.device):
         print(line.format(*cells(row)), flush=True)
 
 

@@ -3,6 +3,7 @@
     python tests/benchmarks/performance.py                        # all of it: about half an hour on two idle cores
     python tests/benchmarks/performance.py --section dynamic      # measure one section again, keep the others
     python tests/benchmarks/performance.py --quick                # a smoke test: small sizes, no page written
+    python tests/benchmarks/performance.py --device cuda          # the sections of a GPU, in a few minutes
 
 Needs the `benchmarks` extra (pytorch-metric-learning, matplotlib). Ratios are what carries over to other machines.
 """
@@ -12,9 +13,10 @@ import json
 import platform
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
+from statistics import median
 from typing import Literal
 
 import assignment
@@ -30,6 +32,7 @@ HERE = Path(__file__)
 ROOT = HERE.parents[2]
 sys.path.insert(0, str(ROOT / "experiments"))
 
+from cuda_graph import captured  # noqa: E402
 from published_banks import published_prototypes  # noqa: E402
 
 BATCH, DIM = 256, 512
@@ -343,6 +346,140 @@ def draw_growth(
     figure.savefig(path, dpi=100)
 
 
+# On a GPU. All in one process: starting one takes longer than what is measured.
+
+LOSSES = {
+    "balanced": hyperproto.BalancedLoss,
+    "long-tail": hyperproto.LongTailLoss,
+    "cross-entropy": hyperproto.PrototypeCrossEntropyLoss,
+}
+
+
+def milliseconds(step: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Of a step among as many, by the device's own clock; the median of five rounds."""
+
+    def round_of_steps() -> float:
+        if device.type != "cuda":
+            return 1e3 * time_calls(step, repeats=repeats, warm_up=0)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / repeats
+
+    round_of_steps()
+    return median(round_of_steps() for _ in range(5))
+
+
+def graph_milliseconds(step: Callable[[], object], device: torch.device) -> float:
+    """Of a step as a CUDA graph."""
+    stream = torch.cuda.Stream() if device.type == "cuda" else None
+    return milliseconds(captured(step, stream), device, repeats=20)
+
+
+def half_features(num_classes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a backbone under autocast hands on, and labels."""
+    features, labels = batch(num_classes)
+    return features.detach().to(device, torch.bfloat16).requires_grad_(), labels.to(device)
+
+
+def linear_graph(num_classes: int, device: torch.device) -> float:
+    features, labels = half_features(num_classes, device)
+    layer = nn.Linear(DIM, num_classes, device=device)
+
+    def step() -> None:
+        layer.zero_grad(set_to_none=True)
+        features.grad = None
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+            logits = layer(features)
+        cross_entropy(logits.float(), labels).backward()
+
+    return graph_milliseconds(step, device)
+
+
+def head_graphs(num_classes: int, output: str, losses: tuple[str, ...], device: torch.device) -> Iterator[list[float]]:
+    """Static and dynamic, for each loss."""
+    features, labels = half_features(num_classes, device)
+    head = build_head(num_classes, output, "auto").to(device)
+    for loss in losses:
+        taken = []
+        for source in (head, hyperproto.DynamicAssigner(head)):
+            criterion = LOSSES[loss](source)
+
+            def step(criterion: nn.Module = criterion) -> None:
+                head.zero_grad(set_to_none=True)
+                features.grad = None
+                with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+                    returned = head(features)
+                criterion(returned, labels).backward()
+
+            taken.append(graph_milliseconds(step, device))
+        yield taken
+
+
+def cuda_step_section(quick: bool, device: torch.device) -> str:
+    rows = []
+    for num_classes in (1_000,) if quick else (1_000, 21_841, 100_000, 1_000_000):
+        linear = linear_graph(num_classes, device)
+        largest = num_classes == 1_000_000  # all cosines of a batch would take several GiB
+        for output in ("embedding",) if largest else ("embedding", "logits"):
+            losses = ("balanced",) if largest else ("balanced", "cross-entropy")
+            for loss, taken in zip(losses, head_graphs(num_classes, output, losses, device), strict=True):
+                ratios = [f"{each / linear:.2g}" for each in taken]
+                rows.append([f"{num_classes:,}", f"{linear:.3f}", output, loss, *ratios])
+                print(f"  {rows[-1]}", file=sys.stderr, flush=True)
+    header = ["C", "nn.Linear, ms", "output", "loss", "static", "dynamic"]
+    title = f"On a GPU: a step of the head, nn.Linear + cross-entropy = 1 (B = {BATCH}, D = {DIM})"
+    return table(title, header, rows) + (
+        "\nForward, loss, update and backward as one CUDA graph, features in bf16, under autocast. The head has its "
+        f"{DIM} x {DIM} projection and batch norm inside, nn.Linear has not.\n"
+    )
+
+
+def resnet50_step(classifier: tuple[str, str] | None, size: int, num_images: int, device: torch.device) -> float:
+    """Of a whole training step in bf16: softmax, or a dynamic head with this output and loss."""
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("resnet50", num_classes=1000)
+    criterion: nn.Module = nn.CrossEntropyLoss()
+    if classifier is not None:
+        output, loss = classifier
+        hyperproto.convert_model(model, dim=DIM, training_output=output)
+        criterion = LOSSES[loss](hyperproto.DynamicAssigner(model))
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+    images = torch.randn(num_images, 3, size, size, device=device).to(memory_format=torch.channels_last)
+    labels = torch.randint(1000, (num_images,), device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            output = model(images)
+        criterion(output.float(), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return milliseconds(step, device, repeats=1 if device.type == "cpu" else 8)
+
+
+def cuda_training_section(quick: bool, device: torch.device) -> str:
+    torch.backends.cudnn.benchmark = True
+    size, num_images = (64, 4) if quick else (224, BATCH)
+    names = {"nn.Linear + cross-entropy": None} | {
+        f"head, {output}, {loss}": (output, loss) for output in ("embedding", "logits") for loss in LOSSES
+    }
+    taken = {name: resnet50_step(classifier, size, num_images, device) for name, classifier in names.items()}
+    linear = taken["nn.Linear + cross-entropy"]
+    rows = [[name, f"{each:.1f}", f"{each / linear:.3f}"] for name, each in taken.items()]
+    title = f"On a GPU: the whole training step of resnet50 at {size} px (batch {num_images}, C = 1,000, D = {DIM})"
+    return table(title, ["classifier and loss", "ms", "ratio"], rows) + (
+        "\nEager mode, bf16 by autocast, channels last, SGD; heads are dynamic: forward, loss, update, backward and "
+        "optimiser.\n"
+    )
+
+
 SECTIONS = {
     "steps": step_section,
     "dynamic": dynamic_section,
@@ -350,22 +487,24 @@ SECTIONS = {
     "evaluation": evaluation_section,
     "banks": bank_section,
 }
+CUDA_SECTIONS = {"cuda-steps": cuda_step_section, "cuda-training": cuda_training_section}
 PAGE = ROOT / "docs/performance.md"
 
 
-def conditions() -> str:
+def conditions(device: str) -> str:
     """Where and when a section was measured."""
+    card = torch.cuda.get_device_name() if device == "cuda" else "no GPU"
     return (
         f"*Measured on {date.today()}: hyperproto {hyperproto.__version__}, Python {platform.python_version()}, "
         f"torch {torch.__version__}, scipy {scipy.__version__}, {torch.get_num_threads()} threads, "
-        f"{platform.machine()}, no GPU.*"
+        f"{platform.machine()}, {card}.*"
     )
 
 
 def write_page(sections: dict[str, str]) -> None:
     """The page with new texts for some sections and the old ones for the others."""
     old = PAGE.read_text() if PAGE.exists() else ""
-    for name in SECTIONS:
+    for name in (*SECTIONS, *CUDA_SECTIONS):
         found = re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", old, flags=re.DOTALL)
         if found:
             sections.setdefault(name, found[1])
@@ -374,23 +513,31 @@ def write_page(sections: dict[str, str]) -> None:
         "are medians, memory is the peak above what the process held before. Up to 10,000 classes, heads take turns "
         "with nn.Linear, and dynamic heads with static ones. Ratios are what carries over to other machines.\n\n"
     )
-    PAGE.write_text(
-        head + "\n".join(f"<!-- {name} -->\n{sections[name]}<!-- end -->\n" for name in SECTIONS if name in sections)
-    )
+    written = [
+        f"<!-- {name} -->\n{sections[name]}<!-- end -->\n" for name in (*SECTIONS, *CUDA_SECTIONS) if name in sections
+    ]
+    PAGE.write_text(head + "\n".join(written) + '\n## Sources\n\n--8<-- "README.md:sources"\n')
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, no page written")
-    parser.add_argument("--section", choices=SECTIONS, help="only this one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the sections that are measured")
+    parser.add_argument("--section", choices=(*SECTIONS, *CUDA_SECTIONS), help="only this one")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--arguments", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
         print(json.dumps(CASES[arguments.case](**arguments.arguments)))
         return
-    for name in [arguments.section] if arguments.section else SECTIONS:
-        text = f"{SECTIONS[name](arguments.quick)}\n{conditions()}\n"
+    on_gpu = arguments.device == "cuda"
+    sections = CUDA_SECTIONS if on_gpu else SECTIONS
+    if arguments.section not in (None, *sections):
+        parser.error(f"{arguments.section} is no section of --device {arguments.device}: {', '.join(sections)}.")
+    for name in [arguments.section] if arguments.section else sections:
+        more = (torch.device("cuda"),) if on_gpu else ()
+        measured = sections[name](arguments.quick, *more)
+        text = f"{measured}\n{conditions(arguments.device)}\n"
         print(text, flush=True)
         if not arguments.quick:
             write_page({name: text})
