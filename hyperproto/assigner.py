@@ -319,8 +319,9 @@ def _check_not_overwritten(num_ranks: Tensor) -> None:
     if bool(num_ranks > 0):
         raise AssignmentError(
             f"on {int(num_ranks)} ranks the assigner's buffers were overwritten by another rank's: it is part of a "
-            "module wrapped by DistributedDataParallel. Wrap with forward_sync_buffers=False, or keep the assigner, "
-            "and the criterion that holds it, outside of what is wrapped."
+            "module wrapped by DistributedDataParallel. Wrap with forward_sync_buffers=False (before torch 2.13: "
+            "broadcast_buffers=False), or keep the assigner, and the criterion that holds it, outside of what is "
+            "wrapped."
         )
 
 

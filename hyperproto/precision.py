@@ -24,15 +24,10 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
         torch.float32
     """
     # Entering a disabled autocast unconditionally would leave a higher-order op in every exported graph.
-    if _has_autocast(device.type) and torch.is_autocast_enabled(device.type):
+    # "meta" has none, and to ask is an error; torch.amp.is_autocast_available is a graph break before torch 2.14.
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
-
-
-# Asking is a graph break before torch 2.14. The answer depends on nothing but the kind of device ("meta" has none).
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)
 
 
 def keeping_dtype(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -1,11 +1,18 @@
-"""The models on which the tests of compatibility run: one of each structure, as small as it can be made."""
+"""The models on which the tests of compatibility run, and what the installed torch and timm cannot do.
 
+One model of each structure, as small as it can be made.
+"""
+
+import inspect
 from collections.abc import Iterable
+from importlib.metadata import version
 
 import pytest
 import timm
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from hyperproto import HypersphericalHead, convert_model, get_heads
 
@@ -18,6 +25,34 @@ MODELS: dict[str, dict[str, object]] = {
     "resnetv2_18": {"layers": (1, 1, 1, 1), "channels": (16, 16, 32, 32), "stem_chs": 16},
 }
 NUM_CLASSES = 10
+
+#: What DistributedDataParallel calls the argument that keeps it from broadcasting buffers in each forward pass.
+SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
+
+
+def needs(what: str, **oldest: str) -> pytest.MarkDecorator:
+    """Skips a test on a version of a library that is older than the oldest that was seen to do `what`."""
+    [(library, wanted)] = oldest.items()
+    found = version(library)
+    reason = f"{library} {found} lacks {what}; {library} {wanted} has it"
+    return pytest.mark.skipif(Version(found) < Version(wanted), reason=reason)
+
+
+#: Models whose own `get_classifier` raises in timm before this version.
+MENDED = {"resnet50_clip": "1.0.31"}
+
+
+def needs_model(name: str) -> None:
+    """Skips the test that asks where timm does not know the model yet, or cannot tell its classifier."""
+    found = version("timm")
+    if not timm.is_model(name):
+        pytest.skip(f"timm {found} has no model {name}")
+    if Version(found) < Version(MENDED.get(name, "0")):
+        pytest.skip(f"timm {found} cannot tell the classifier of {name}; timm {MENDED[name]} can")
 
 
 def in_front(names: Iterable[str], *first: str) -> list[object]:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import multiprocessing.connection
+import os
 import sys
 import tempfile
 import time
@@ -71,7 +72,12 @@ def _run(function: Callable[..., Any], rank: int, world_size: int, folder: str, 
         torch.manual_seed(0)
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
         torch.save(function(rank, *arguments), Path(folder, f"{rank}.pt"))
-        dist.destroy_process_group()
+        dist.barrier()  # no rank leaves while another still talks to it
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not through destroy_process_group: torch 2.6 may wait there for ever, with the interpreter's lock held, for a
+        # thread of gloo that needs this lock to let go of its last tensor.
+        os._exit(0)
     except BaseException:
         Path(folder, f"{rank}.txt").write_text(f"rank {rank}: {traceback.format_exc()}")
         sys.exit(1)

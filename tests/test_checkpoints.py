@@ -32,8 +32,12 @@ from hyperproto import (
 )
 from hyperproto.checkpoint import FORMAT_VERSION
 
-# torch.distributed.checkpoint says so in a process of its own.
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+# torch.distributed.checkpoint says so in a process of its own. The last two are torch 2.6's, the last of its own code.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:torch.distributed is disabled:UserWarning",
+    "ignore:torch.distributed is unavailable:UserWarning",
+    "ignore:TypedStorage is deprecated:UserWarning",
+)
 
 
 def small(num_classes: int = 6, *, seed: int = 0, **options: object) -> nn.Module:

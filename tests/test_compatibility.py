@@ -6,11 +6,10 @@ import pickle
 import pytest
 import timm
 import torch
-from compatible import MODELS, NUM_CLASSES, converted, heads_of, images, permute_, plain
+from compatible import MODELS, NUM_CLASSES, converted, heads_of, images, needs, permute_, plain
 from timm.data import Mixup
 from timm.models import load_checkpoint, model_parameters, resume_checkpoint
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
-from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver, ModelEmaV3, adaptive_clip_grad, freeze, unfreeze
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
@@ -98,7 +97,9 @@ def test_weight_decay_reaches_the_projection_and_nothing_else_of_the_head(name):
         assert [decay_of[id(parameter)] for parameter in batch_norm.parameters()] == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lamb", "muon"])
+@pytest.mark.parametrize(
+    "optimizer", ["sgd", "adamw", "lamb", pytest.param("muon", marks=needs("the optimizer muon", timm="1.0.26"))]
+)
 def test_optimizers_of_timm_leave_prototypes_and_assignment_alone(optimizer):
     model = converted("test_resnet")
     [head] = heads_of(model)
@@ -179,7 +180,13 @@ def test_averaging_integer_buffers_is_undone_by_assigning_again():
 # Ways of running and training
 
 
-@every_model
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=needs("gradient checkpointing of it", timm="1.0.26") if name == "resnetv2_18" else ())
+        for name in MODELS
+    ],
+)
 def test_gradient_checkpointing_changes_no_gradient(name):
     model, batch, labels = converted(name), images(4), torch.arange(4)
     twin = copy.deepcopy(model)
@@ -208,6 +215,7 @@ def test_a_frozen_backbone_stays_and_the_head_trains(name):
     assert all(p.requires_grad for child in names for p in model.get_submodule(child).parameters())
 
 
+@needs("a freeze that reaches the tokens of a Vision Transformer", timm="1.0.31")
 @every_model
 def test_freezing_the_whole_model_keeps_the_heads(name):
     model = converted(name)
@@ -268,10 +276,13 @@ def test_timm_mixup_gives_soft_targets_to_criterion_and_assigner(name):
     assert set(assigner.step().unseen) >= {4, 5, 6, 7, 8, 9}
 
 
+@needs("timm.task", timm="1.0.26")
 @every_model
 def test_classification_task_of_timm(name):
     model = converted(name)
     assigner = DynamicAssigner(model)
+    from timm.task import ClassificationTask
+
     task = ClassificationTask(model, criterion=BalancedLoss(assigner), verbose=False)
     task.train()
     result = task(images(4), torch.arange(4))
@@ -300,6 +311,7 @@ def test_copies_answer_alike_and_are_independent(name, copier):
     assert all(torch.equal(head.assignment, order) for head in heads_of(model))
 
 
+@needs("a resume_checkpoint with weights_only", timm="1.0.26")
 @every_model
 def test_checkpoints_of_timm_carry_the_assignment(name, tmp_path):
     model, batch = converted(name), images()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from compatible import SYNC_BUFFERS
 from ranks import run_on_ranks
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -45,7 +46,7 @@ def run_snippet(rank: int, heading: str, folder: str) -> dict:
     }
     # What Lightning says of its own surroundings: no TensorBoard here, few workers for so few images.
     warnings.filterwarnings("ignore", module="lightning_utilities|lightning")
-    exec(snippet(heading), space)
+    exec(snippet(heading).replace("forward_sync_buffers", SYNC_BUFFERS), space)
     if heading == "Lightning":
         module = space["trainer"].lightning_module
         space["assigner"], space["model"] = module.criterion.assigner, module.model

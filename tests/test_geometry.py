@@ -97,7 +97,7 @@ def test_compiles_without_a_graph_break():
     assert torch.allclose(compiled(x), normalise(x))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
 def test_scripts():
     x = gaussian(3, 4).half()
     assert torch.equal(torch.jit.script(normalise)(x), normalise(x))

@@ -349,8 +349,8 @@ def test_operations_in_any_order(seed, num_operations):
             operation(soak)
             soak.check()
         except BaseException as error:
-            error.add_note(f"seed {seed}, operation {len(soak.log)}, the last ones: {', '.join(soak.log[-15:])}")
-            raise
+            last = ", ".join(soak.log[-15:])
+            raise AssertionError(f"seed {seed}, operation {len(soak.log)}, the last ones: {last}") from error
     check_bank(soak.head.bank)
 
 

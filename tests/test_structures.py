@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from compatible import in_front
+from compatible import in_front, needs_model
 from timm.layers import TestTimePoolHead as TimePoolHead
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
@@ -97,6 +97,7 @@ NUM_CLASSES = 10
 
 def make(name: str, num_classes: int = NUM_CLASSES, **options: object) -> nn.Module:
     """A model whose batch norms have seen something, in eval mode."""
+    needs_model(name)
     model = timm.create_model(name, num_classes=num_classes, **(STRUCTURES[name][0] | options)).eval()
     return scramble_(model)
 
@@ -192,6 +193,8 @@ def test_embeddings_as_training_output(name):
     assert predict(model, images(name)).shape == (3, NUM_CLASSES)
 
 
+# timm 1.0.15 makes classifiers of no outputs, which torch says it cannot initialise.
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
 @pytest.mark.parametrize(
     "name", in_front([name for name in STRUCTURES if name != "naflexvit_base_patch16_gap"], *FIRST)
 )
@@ -338,7 +341,9 @@ def test_merging_batch_norm_changes_no_logit(name):
     assert same(outputs, predict(merged, inputs))
     assert len(list(merged.modules())) < len(list(model.modules()))
     if hasattr(model, "fuse"):
-        assert same(outputs, predict(copy.deepcopy(model).fuse(), inputs))
+        fused = copy.deepcopy(model)
+        fused.fuse()  # in place
+        assert same(outputs, predict(fused, inputs))
     if name in SINGLE:
         assert same(predict(to_linear(model), inputs), predict(reparameterize_model(model), inputs))
         assert "fuse" not in model.head.__dict__

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import timm
 import torch
+from compatible import SYNC_BUFFERS, needs
 from ranks import run_on_ranks
 from torch import nn
 from torch._dynamo.utils import counters
@@ -61,12 +62,20 @@ WRAP: dict[str, Callable[[nn.Module], nn.Module]] = {
     "nothing": lambda model: model,
     "DDP": DistributedDataParallel,
     "DDP, accumulating": DistributedDataParallel,
-    "DDP, own buffers": lambda model: DistributedDataParallel(model, forward_sync_buffers=False),
+    "DDP, own buffers": lambda model: DistributedDataParallel(model, **{SYNC_BUFFERS: False}),
     "fully_shard": shard,
     "fully_shard, every layer": shard_every_layer,
     "DDP of compiled": lambda model: DistributedDataParallel(torch.compile(model, backend="eager", fullgraph=True)),
     "compiled DDP": lambda model: torch.compile(DistributedDataParallel(model), backend="eager"),
 }
+
+
+on_the_cpu = needs("fully_shard on a CPU", torch="2.11")
+
+
+def wrapped(name: str) -> object:
+    """The name as a parameter, skipped where this torch cannot wrap so."""
+    return pytest.param(name, marks=on_the_cpu if "fully_shard" in name else ())
 
 
 def train(rank: int, world_size: int, wrap: str, options: dict[str, str]) -> dict:
@@ -100,7 +109,7 @@ def train_alone(training_output: str) -> dict:
 
 
 @pytest.mark.parametrize("training_output", ["logits", "embedding"])
-@pytest.mark.parametrize("wrap", [name for name in WRAP if name != "nothing"])
+@pytest.mark.parametrize("wrap", [wrapped(name) for name in WRAP if name != "nothing"])
 def test_two_ranks_train_what_one_process_trains(wrap, training_output):
     options = {"training_output": training_output}
     alone = train_alone(training_output)
@@ -119,7 +128,7 @@ def train_with_batch_norm(rank: int, wrap: str) -> dict:
     return train(rank, 2, wrap, {"projection": "linear+bn"})
 
 
-@pytest.mark.parametrize("wrap", ["DDP", "DDP, own buffers", "fully_shard, every layer"])
+@pytest.mark.parametrize("wrap", [wrapped(name) for name in ("DDP", "DDP, own buffers", "fully_shard, every layer")])
 def test_batch_norm_in_the_projection(wrap):
     first, second = run_on_ranks(train_with_batch_norm, 2, wrap)
     assert first["moved"] == second["moved"]
@@ -140,6 +149,7 @@ def forward_in_bfloat16(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     return logits.detach(), model(features).detach()
 
 
+@on_the_cpu
 def test_mixed_precision_of_fully_shard():
     for logits, expected in run_on_ranks(forward_in_bfloat16, 2):
         assert logits.dtype == torch.float32
@@ -166,6 +176,11 @@ def test_ranks_with_different_numbers_of_batches():
 # Compiled
 
 
+#: DistributedDataParallel breaks the graph itself before it calls the model (which torch 2.6 words by the kind of
+#: call), and logs its own running time.
+DDP_BREAKS = ("_inside_ddp_forward", "UserDefinedObjectVariable(instancemethod) __call__", "set_runtime_stats_and_log")
+
+
 def compile_and_step(rank: int, outside: bool, backend: str, autocast: bool) -> list[float]:
     """An epoch, an assignment step that moves labels, and an epoch that must not compile again."""
     torch.compiler.reset()
@@ -189,9 +204,7 @@ def compile_and_step(rank: int, outside: bool, backend: str, autocast: bool) -> 
                 optimizer.zero_grad()
                 losses.append(loss.item())
             assert assigner.step().changed > 0 or epoch == 1
-    # DistributedDataParallel breaks the graph itself before it calls the model, and logs its own running time.
-    breaks = [reason for reason in counters["graph_break"] if "_inside_ddp_forward" not in reason]
-    assert not [reason for reason in breaks if "Logger.set_runtime_stats_and_log" not in reason]
+    assert not [reason for reason in counters["graph_break"] if not any(part in reason for part in DDP_BREAKS)]
     assert float(assigner.class_counts.sum()) == 2 * 2 * BATCHES * BATCH_SIZE
     return losses
 
@@ -233,6 +246,7 @@ def refuse_to_convert(rank: int) -> list[tuple[str, str]]:
     return messages
 
 
+@on_the_cpu
 def test_a_wrapped_model_is_refused_and_the_advice_works():
     [messages] = run_on_ranks(refuse_to_convert, 1)
     assert len(messages) == 12
