@@ -55,9 +55,10 @@ from tqdm import tqdm
 import hyperproto
 from hyperproto.affine import affine
 from hyperproto.fitting.components import principal_components
-from hyperproto.fitting.features import add_up_ranks, captured_features
+from hyperproto.fitting.features import captured_features
 from hyperproto.fitting.lbfgs import Batches, minimise
 from hyperproto.fitting.statistics import FeatureStatistics
+from hyperproto.ranks import add_up_ranks
 
 #: Published settings; flags given on the command line override them, and docs/training.md says where we differ. The
 #: defaults are the recipe of docs/results.md.

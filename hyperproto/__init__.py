@@ -1,9 +1,9 @@
 """Classifiers whose last layer does not train: fixed prototypes on the unit hypersphere, dynamically assigned."""
 
 from hyperproto import functional
-from hyperproto.assigner import AssignmentStep, DynamicAssigner
-from hyperproto.bank import BankReport, PrototypeBank
-from hyperproto.calibration import fit_logit_scale
+from hyperproto.assigner import DynamicAssigner
+from hyperproto.assignment_step import AssignmentStep
+from hyperproto.bank import PrototypeBank
 from hyperproto.conversion.convert import convert_model
 from hyperproto.conversion.describe import describe
 from hyperproto.conversion.fold import to_linear
@@ -20,12 +20,15 @@ from hyperproto.errors import (
     NotLinearError,
     ShapeError,
 )
+from hyperproto.fitting.compress_head import compress_head
 from hyperproto.fitting.fit_head import fit_head
-from hyperproto.fitting.refit_head import compress_head, refit_head
+from hyperproto.fitting.fit_logit_scale import fit_logit_scale
+from hyperproto.fitting.refit_head import refit_head
 from hyperproto.fitting.report import HeadFit
-from hyperproto.functional import AssignmentSolution
 from hyperproto.head import HypersphericalHead, get_heads
 from hyperproto.losses import BalancedLoss, LongTailLoss, PrototypeCrossEntropyLoss
+from hyperproto.matching.solve import AssignmentSolution
+from hyperproto.separation import BankReport
 
 __version__ = "0.1.0"
 

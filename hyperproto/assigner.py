@@ -4,60 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from hyperproto.assignment_step import AssignmentStep
 from hyperproto.checkpoint import check_format, format_version, stamp_format_
-from hyperproto.errors import ArgumentError, AssignmentError, BankError, CheckpointError, ShapeError
-from hyperproto.functional import AssignmentMethod, solve_assignment
-from hyperproto.geometry import largest_cosines, normalise
+from hyperproto.class_means import update_by_labels_, update_by_weights_
+from hyperproto.codebook import check_shared_bank
+from hyperproto.errors import ArgumentError, AssignmentError, CheckpointError, ShapeError
 from hyperproto.head import HypersphericalHead, require_heads
-from hyperproto.matching.candidates import pair_cosines
+from hyperproto.matching.problem import total_similarity
+from hyperproto.matching.solve import AssignmentMethod, solve_assignment
 from hyperproto.precision import full_precision, keeping_dtype
-from hyperproto.targets import check_target, group_by_label
-
-
-@dataclass(frozen=True)
-class AssignmentStep:
-    """What one assignment step did.
-
-    Attributes:
-        changed: number of labels that moved to another prototype.
-        moved_labels: those labels, ascending.
-        similarity_before: sum over labels of the cosine between class mean and prototype, before the step.
-        similarity_after: the same after it; never smaller.
-        unseen: labels without a class mean so far, ascending; they count as similarity 0.
-        solver: the method that solved, or "frozen".
-        optimal: whether no assignment has a larger similarity.
-        seconds: wall time of the step.
-        equiangular: all prototypes are at one angle from each other (a simplex): any permutation of labels is then an
-            isometry, and the step cannot change the geometry between classes, only how far each has to travel.
-    """
-
-    changed: int
-    moved_labels: tuple[int, ...]
-    similarity_before: float
-    similarity_after: float
-    unseen: tuple[int, ...]
-    solver: str
-    optimal: bool
-    seconds: float
-    equiangular: bool
-
-    def __str__(self) -> str:
-        text = (
-            f"{self.changed} labels moved, similarity {self.similarity_before:.4f} -> {self.similarity_after:.4f} "
-            f"({self.solver}{', optimal' if self.optimal else ''}, {self.seconds:.3f} s)"
-        )
-        if self.unseen:
-            text += f"; {len(self.unseen)} labels not seen yet"
-        if self.equiangular:
-            text += "; the prototypes form a simplex: no assignment changes the geometry between classes"
-        return text
+from hyperproto.ranks import ProcessGroup, add_up_ranks, bit_of_this_rank, check_member, has_ranks
+from hyperproto.readout import Readout
+from hyperproto.sphere import largest_cosines, normalise
+from hyperproto.targets import check_target, evidence, is_seen
 
 
 class DynamicAssigner(nn.Module):
@@ -85,6 +49,14 @@ class DynamicAssigner(nn.Module):
         class_counts: (C,) float32 buffer, samples seen of each label (sums of weights for soft targets): by all ranks
             up to the last step, by this one since.
         pending_counts: (C,) float32 buffer, samples that this rank has seen since the last step.
+        combined_counts: (C,) float32 buffer, samples seen by all ranks up to the last step: apart from what this rank
+            adds batch by batch, which rounds otherwise than what other ranks add.
+        class_sums: (C, D) float32 buffer, sums of the embeddings since the last step; with `momentum=None` only.
+        frozen: () bool buffer; see `freeze`.
+        prices: (P,) float32 buffer, where the next matching starts from; it saves time, decides nothing, and is in no
+            checkpoint.
+        writers: () int64 buffer, the ranks that fed what is pending, as bits; in no checkpoint.
+        format_version: () int64 buffer, of the checkpoint's format.
 
     Raises:
         HeadNotFoundError: source has no head.
@@ -103,6 +75,9 @@ class DynamicAssigner(nn.Module):
         batch count (there the last one wins), and that the assignment is part of the model's state.
     """
 
+    #: For `ranks.share_buffers_`: the means are of each rank's own data.
+    buffers_are_per_rank = True
+
     class_means: Tensor
     class_counts: Tensor
     combined_counts: Tensor
@@ -118,18 +93,14 @@ class DynamicAssigner(nn.Module):
         *,
         momentum: float | None = 0.9,
         solver: AssignmentMethod = "auto",
-        process_group: dist.ProcessGroup | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         if momentum is not None and not 0.0 <= momentum < 1.0:
             raise ArgumentError(f"momentum is the weight of the old mean and must lie in [0, 1), got {momentum}.")
         if solver not in get_args(AssignmentMethod):
             raise ArgumentError(f"solver must be one of {get_args(AssignmentMethod)}, got {solver!r}.")
-        if process_group is not None and dist.get_rank(process_group) < 0:
-            raise ArgumentError(
-                f"expected a process group that rank {dist.get_rank()} belongs to, got one of other ranks. "
-                "Every rank needs the group that it shares out its data with: see torch.distributed.new_subgroups."
-            )
+        check_member(process_group)
         # In a tuple, so that the model does not become a submodule of the criterion.
         self._heads = require_heads(source)
         check_shared_bank(self._heads)
@@ -196,24 +167,37 @@ class DynamicAssigner(nn.Module):
 
         Args:
             output: what the model returned in training: logits (B, C) or embeddings (B, D).
-            target: labels (B,) int64, or soft targets (B, C), whose entries weigh the samples. Where the weights of
-                a label add up to less than one sample, its mean moves by that fraction of a step.
+            target: labels (B,) int64, or soft targets (B, C), whose entries, less the smallest of their row, weigh the
+                samples: the uniform part of label smoothing says nothing about a label. Where a label's weights add up
+                to less than one sample, its mean moves by that fraction of a step; below half a sample it starts none.
 
         Raises:
             ShapeError, LabelError: output or target do not fit; nothing has changed then.
         """
-        self.head.is_embedding(output)  # raises on any other shape
+        readout = self.head.read(output)
         check_target(target, len(output), self.head.num_classes)
-        if len(output) == 0:
+        self.feed(readout, target)
+
+    @torch.no_grad()
+    def feed(self, readout: Readout, target: Tensor) -> None:
+        """What `update` does with an output that has been read and a target that has been checked."""
+        if len(target) == 0:
             return
-        self._follow_device(output.device)
-        with full_precision(output.device):
-            embeddings = self.head.embeddings_from_output(output)
+        device = readout.output.device
+        self._follow_device(device)
+        means, sums, counts = self.class_means, self.class_sums, (self.class_counts, self.pending_counts)
+        with full_precision(device):
+            embeddings = readout.embeddings()
             if target.dim() == 1:
-                self._update_hard(embeddings, target)
+                update_by_labels_(means, sums, embeddings, target, momentum=self.momentum)
+                for each in counts:
+                    each.index_add_(0, target, torch.ones_like(embeddings[:, 0]))
             else:
-                self._update_soft(embeddings, target.float())
-        self.writers.bitwise_or_(_bit_of_this_rank())
+                weights = evidence(target)
+                update_by_weights_(means, sums, self.pending_counts, embeddings, weights, momentum=self.momentum)
+                for each in counts:
+                    each.add_(weights.sum(dim=0))
+        self.writers.bitwise_or_(bit_of_this_rank())
 
     def step(self) -> AssignmentStep:
         r"""Match labels to prototypes by the class means and write the assignment into the heads; in place.
@@ -241,21 +225,22 @@ class DynamicAssigner(nn.Module):
         means, prototypes, before = combined.cpu(), head.bank.prototypes.cpu(), head.assignment.cpu().clone()
         if bool(self.frozen):
             after, solver, optimal = before, "frozen", False
+            similarity = similarity_before = total_similarity(means, prototypes, before)
         else:
             solution = solve_assignment(means, prototypes, current=before, method=self.solver, prices=self.prices)
             after, solver, optimal = solution.assignment, solution.method, solution.optimal
+            similarity, similarity_before = solution.similarity, solution.similarity_of_current
             if solution.prices is not None:
                 self.prices.copy_(solution.prices)
             for each in self._heads:
                 each.assign_(after.to(each.assignment.device))
         self._begin_round(combined, total)
         moved = torch.nonzero(after != before).flatten().tolist()
-        labels = torch.arange(len(means), device="cpu")
         record = AssignmentStep(
             changed=len(moved),
             moved_labels=tuple(moved),
-            similarity_before=float(pair_cosines(means, prototypes, labels, before).sum()),
-            similarity_after=float(pair_cosines(means, prototypes, labels, after).sum()),
+            similarity_before=similarity_before,
+            similarity_after=similarity,
             unseen=tuple(torch.nonzero(~means.any(dim=1)).flatten().tolist()),
             solver=solver,
             optimal=optimal,
@@ -269,40 +254,6 @@ class DynamicAssigner(nn.Module):
         """What `repr` shows."""
         return f"num_classes={self.head.num_classes}, dim={self.head.dim}, momentum={self.momentum}"
 
-    def _update_hard(self, embeddings: Tensor, labels: Tensor) -> None:
-        ordered, first = group_by_label(labels)
-        ones = torch.ones_like(embeddings[:, 0])
-        sums = torch.zeros_like(embeddings).index_add_(0, first, embeddings)  # (B, D), zero but for first places
-        counts = torch.zeros_like(ones).index_add_(0, first, ones)  # (B,)
-        if self.class_sums is None:
-            new = self._mix(self.class_means.index_select(0, ordered), sums, counts)
-        else:
-            self.class_sums.index_add_(0, labels, embeddings)
-            new = normalise(self.class_sums.index_select(0, ordered))
-        # Samples of one label write equal rows.
-        self.class_means.index_copy_(0, labels, new.index_select(0, first))
-        self.class_counts.index_add_(0, labels, ones)
-        self.pending_counts.index_add_(0, labels, ones)
-
-    def _update_soft(self, embeddings: Tensor, weights: Tensor) -> None:
-        sums = weights.T @ embeddings  # (C, D)
-        counts = weights.sum(dim=0)  # (C,)
-        if self.class_sums is None:
-            new = self._mix(self.class_means.clone(), sums, counts)
-        else:
-            self.class_sums.add_(sums)
-            new = normalise(self.class_sums)
-        self.class_means.copy_(torch.where((counts > 0)[:, None], new, self.class_means))
-        self.class_counts.add_(counts)
-        self.pending_counts.add_(counts)
-
-    def _mix(self, means: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
-        """New means (N, D) from old ones, which are overwritten, and what was added up for them, N times."""
-        # A label's old mean is zero before its first batch, which therefore sets it outright.
-        momentum = 0.0 if self.momentum is None else self.momentum
-        share = (1.0 - momentum) / counts.clamp_min(1.0)
-        return normalise(means.mul_(momentum).addcmul_(sums, share[:, None]))
-
     def _follow_device(self, device: torch.device) -> None:
         if self.class_means.device != device:
             self.to(device)
@@ -313,17 +264,18 @@ class DynamicAssigner(nn.Module):
         # A rank without a batch has not followed the model yet, and NCCL takes no tensor of the CPU.
         self._follow_device(self.head.assignment.device)
         means, total = self.class_means, self.pending_counts
-        evidence = means
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1:
-            sums = means * total[:, None] if self.class_sums is None else self.class_sums
-            overwritten = (self.writers & ~_bit_of_this_rank()) != 0
-            gathered = torch.cat([sums.flatten(), total, overwritten.float()[None]])  # (C D + C + 1,)
-            dist.all_reduce(gathered, group=self.process_group)
-            sums, total, overwritten = torch.split(gathered, [means.numel(), len(means), 1])
+        checked = means
+        if has_ranks(self.process_group):
+            sums = means * total[:, None] if self.class_sums is None else self.class_sums.clone()
+            overwritten = ((self.writers & ~bit_of_this_rank()) != 0).float()
+            total = total.clone()
+            add_up_ranks([sums, total, overwritten], means.device, process_group=self.process_group)
             _check_not_overwritten(overwritten)
-            evidence = sums.view_as(means)
-            means = torch.where((total > 0)[:, None], normalise(evidence), means)
-        _check_finite(evidence, total)
+            checked = sums
+            # A label that has but slivers, on all ranks together, starts no mean; with a momentum none was started.
+            moved = total > 0 if self.class_sums is None else is_seen(total)
+            means = torch.where(moved[:, None], normalise(sums), means)
+        _check_finite(checked, total)
         return means, total
 
     @torch.no_grad()
@@ -363,15 +315,6 @@ class DynamicAssigner(nn.Module):
             )
 
 
-def _bit_of_this_rank() -> int:
-    """What this rank signs `writers` with.
-
-    DistributedDataParallel broadcasts all buffers of the module that it wraps from one rank before each forward pass.
-    An assigner inside that module would lose what the other ranks saw, and nothing else would tell.
-    """
-    return 1 << (dist.get_rank() % 63 if dist.is_available() and dist.is_initialized() else 0)
-
-
 def _check_not_overwritten(num_ranks: Tensor) -> None:
     if bool(num_ranks > 0):
         raise AssignmentError(
@@ -382,8 +325,8 @@ def _check_not_overwritten(num_ranks: Tensor) -> None:
         )
 
 
-def _check_finite(evidence: Tensor, counts: Tensor) -> None:
-    finite = torch.isfinite(evidence).all(dim=1) & torch.isfinite(counts)
+def _check_finite(rows: Tensor, counts: Tensor) -> None:
+    finite = torch.isfinite(rows).all(dim=1) & torch.isfinite(counts)
     if not bool(finite.all()):
         labels = torch.nonzero(~finite).flatten().tolist()
         raise AssignmentError(
@@ -391,22 +334,6 @@ def _check_finite(evidence: Tensor, counts: Tensor) -> None:
             "infinite values for them; the assignment is unchanged. Find the cause (learning rate, half "
             "precision), then let the assigner forget them: assigner.forget(labels)."
         )
-
-
-def check_shared_bank(heads: tuple[HypersphericalHead, ...]) -> None:
-    """Raise unless all heads have the same prototypes and the same assignment.
-
-    Raises:
-        BankError: they do not.
-    """
-    first = heads[0]
-    for other in heads[1:]:
-        same_bank = other.bank is first.bank or torch.equal(other.bank.prototypes, first.bank.prototypes)
-        if not same_bank or not torch.equal(other.assignment, first.assignment):
-            raise BankError(
-                "all heads of one model must share one bank and one assignment; these differ. "
-                "Build them with the same PrototypeBank, or give each its own DynamicAssigner."
-            )
 
 
 def _is_equiangular(head: HypersphericalHead) -> bool:

@@ -1,59 +1,24 @@
 """The bank: fixed unit prototypes, where they come from and how good they are."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hyperproto.constructions import CONSTRUCTIONS, choose_method
 from hyperproto.constructions.class_vectors import class_vector_points
-from hyperproto.constructions.code import choose_code
 from hyperproto.errors import BankError, ShapeError
-from hyperproto.geometry import cosine_lower_bound, largest_cosines, normalise, sampled_largest_cosines
 from hyperproto.precision import keeping_dtype
+from hyperproto.separation import BankReport, report_separation
+from hyperproto.sphere import normalise
 
-#: Up to here `report` compares every pair, in blocks; the time for that grows with P^2 D.
-MOST_COMPARED_PROTOTYPES = 50_000
-#: Beyond, prototypes that are compared with all the others.
-SAMPLED_PROTOTYPES = 1024
+#: Largest difference of an entry between prototypes that count as the same: what other machines' rounding makes of one
+#: construction, and far below what separates two.
+SAME_PROTOTYPES = 1e-4
 #: Rows that a move between devices compares at a time.
 COMPARED_AT_ONCE = 65_536
-
-
-@dataclass(frozen=True)
-class BankReport:
-    """How well a bank's prototypes are separated, beside what is possible.
-
-    Attributes:
-        max_cosine: the largest cosine between two prototypes; the smaller, the better.
-        mean_max_cosine: mean over prototypes of the largest cosine to another.
-        min_angle_deg: the angle of the nearest pair, in degrees.
-        lower_bound: no bank of this size has a smaller `max_cosine`.
-        bound_name: "rankin" (attained) or "levenshtein" (rarely attained).
-        gap: `max_cosine` - `lower_bound`.
-        mean_norm: length of the mean prototype; 0 if the bank favours no direction.
-        source: where the cosines come from: "all pairs", the code's "weight distribution" (an upper bound where the
-            code was shortened), or "sample" (of 1024 prototypes against all: the true maximum may be larger).
-    """
-
-    max_cosine: float
-    mean_max_cosine: float
-    min_angle_deg: float
-    lower_bound: float
-    bound_name: str
-    gap: float
-    mean_norm: float
-    source: str
-
-    def __str__(self) -> str:
-        return (
-            f"largest cosine {self.max_cosine:.4f} (nearest pair {self.min_angle_deg:.1f} degrees apart), "
-            f"lower bound {self.lower_bound:.4f} ({self.bound_name}), gap {self.gap:.4f}; "
-            f"mean over rows {self.mean_max_cosine:.4f}; length of the mean {self.mean_norm:.4f} "
-            f"(from {self.source})"
-        )
 
 
 class PrototypeBank(nn.Module):
@@ -224,33 +189,31 @@ class PrototypeBank(nn.Module):
         """
         if not has_values(self.prototypes):
             raise BankError("the bank has no values to report on. Load a checkpoint first.")
-        max_cosine, mean_max_cosine, source = self._largest_cosines()
-        lower_bound, bound_name = cosine_lower_bound(self.num_prototypes, self.dim)
-        return BankReport(
-            max_cosine=max_cosine,
-            mean_max_cosine=mean_max_cosine,
-            min_angle_deg=math.degrees(math.acos(max_cosine)),
-            lower_bound=lower_bound,
-            bound_name=bound_name,
-            gap=max_cosine - lower_bound,
-            mean_norm=float(self.prototypes.mean(dim=0).norm()),
-            source=source,
-        )
-
-    def _largest_cosines(self) -> tuple[float, float, str]:
-        """Largest cosine, mean over rows of the largest cosine, and where both come from."""
-        if self.num_prototypes <= MOST_COMPARED_PROTOTYPES:
-            row_maxima, source = largest_cosines(self.prototypes), "all pairs"
-        elif self.method == "code":
-            cosine = choose_code(self.num_prototypes, self.dim).largest_cosine
-            return cosine, cosine, "weight distribution"
-        else:
-            row_maxima, source = sampled_largest_cosines(self.prototypes, SAMPLED_PROTOTYPES), "sample"
-        return min(1.0, max(-1.0, float(row_maxima.max()))), float(row_maxima.mean()), source
+        return report_separation(self.prototypes, self.method)
 
     def extra_repr(self) -> str:
         """What `print` shows of the bank."""
         return f"num_prototypes={self.num_prototypes}, dim={self.dim}, method={self.method!r}"
+
+    def check_checkpoint(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Raise unless what a `state_dict` holds for this bank under a prefix are its own prototypes.
+
+        A bank by itself loads others of its shape; a head, whose model has trained towards the ones it has, asks this.
+
+        Raises:
+            BankError: other prototypes, in shape, dtype or values. A bank without values (on the device "meta", or
+                made by `to_empty`) has none that could differ.
+        """
+        prototypes = state_dict.get(prefix + "prototypes")
+        if prototypes is not None:
+            _check_same_prototypes(self.prototypes, prototypes, prefix + "prototypes")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        prototypes = state_dict.get(prefix + "prototypes")
+        if prototypes is not None:
+            _check_kind(self.prototypes, prototypes, prefix + "prototypes")
+            _check_unit_rows(prototypes, prefix + "prototypes")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PrototypeBank":
         before = self.prototypes
@@ -272,6 +235,49 @@ def _values_lost(before: Tensor, after: Tensor) -> bool:
         return False
     pairs = zip(torch.split(before, COMPARED_AT_ONCE), torch.split(after, COMPARED_AT_ONCE), strict=True)
     return before.is_meta or not all(torch.equal(old.to(new.device), new) for old, new in pairs)
+
+
+def _check_unit_rows(got: Tensor, name: str) -> None:
+    if got.is_meta:
+        return
+    error = float((got.norm(dim=1) - 1.0).abs().max())
+    if not error <= SAME_PROTOTYPES:
+        raise BankError(
+            f"the checkpoint's {name} has rows that are no prototypes: one has a length that is off 1 by {error:.2g}. "
+            "The entry was cast, averaged or damaged; take prototypes from the bank itself, or from another checkpoint."
+        )
+
+
+def _check_kind(expected: Tensor, got: Tensor, name: str) -> None:
+    if got.shape != expected.shape:
+        raise BankError(
+            f"the checkpoint's {name} has shape {tuple(got.shape)}, this head expects {tuple(expected.shape)} (number "
+            "of prototypes, dimension). Convert the model with the checkpoint's dim and bank before loading."
+        )
+    if got.dtype != expected.dtype:
+        raise BankError(
+            f"the checkpoint's {name} has dtype {got.dtype}, prototypes are {expected.dtype} in every model. Leave "
+            "them out when a checkpoint is cast; or, if the bank was built as this head's, put them back: "
+            f'checkpoint["{name}"] = head.bank.prototypes.'
+        )
+
+
+def _check_same_prototypes(expected: Tensor, got: Tensor, name: str) -> None:
+    """Raise unless a checkpoint's prototypes are those expected; where these have no values, any of their shape.
+
+    Raises:
+        BankError: another shape or dtype, or other values.
+    """
+    _check_kind(expected, got, name)
+    if got.is_meta or not has_values(expected):
+        return
+    difference = float((got.to(expected.device) - expected).abs().max())
+    if not difference <= SAME_PROTOTYPES:
+        raise BankError(
+            f"the checkpoint's {name} holds other prototypes than this head: entries differ by up to {difference:.2g}. "
+            "Build the head with the same method and seed, or with the checkpoint's own prototypes: "
+            f'bank=PrototypeBank.from_tensor(checkpoint["{name}"]).'
+        )
 
 
 def _check_matrix(matrix: Tensor, what: str, *, smallest: tuple[int, int]) -> None:

@@ -1,4 +1,4 @@
-"""What a `state_dict` must hold for a module of this library to load it: a format that is known, the same prototypes.
+"""The format of what this library writes into a `state_dict`, and whether it can be read.
 
 A buffer carries the version of the format rather than torch's metadata, which safetensors and
 torch.distributed.checkpoint drop.
@@ -10,16 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperproto.errors import BankError, CheckpointError
+from hyperproto.errors import CheckpointError
 
 #: To be raised whenever entries of a `state_dict` change their name or their meaning.
 FORMAT_VERSION = 1
 
 KEY = "format_version"
-
-#: Largest difference of an entry between prototypes that count as the same: what other machines' rounding makes of one
-#: construction, and far below what separates two.
-SAME_PROTOTYPES = 1e-4
 
 
 def format_version() -> Tensor:
@@ -55,37 +51,3 @@ def stamp_format_(state_dict: dict[str, Any], prefix: str) -> None:
         if name.startswith(prefix):
             state_dict[prefix + KEY] = format_version().to(value.device)
             break
-
-
-def check_same_prototypes(expected: Tensor, got: Tensor, name: str) -> None:
-    """Raise unless a checkpoint's prototypes are those of the head that loads them.
-
-    Args:
-        expected: (P, D), the head's. Without values (on the device "meta", or NaN after `to_empty`) it takes any of its
-            shape.
-        got: the checkpoint's.
-        name: its name there, for the message.
-
-    Raises:
-        BankError: another shape or dtype, or other values.
-    """
-    if got.shape != expected.shape:
-        raise BankError(
-            f"the checkpoint's {name} has shape {tuple(got.shape)}, this head expects {tuple(expected.shape)} (number "
-            "of prototypes, dimension). Convert the model with the checkpoint's dim and bank before loading."
-        )
-    if got.dtype != expected.dtype:
-        raise BankError(
-            f"the checkpoint's {name} has dtype {got.dtype}, prototypes are {expected.dtype} in every model. Leave "
-            "them out when a checkpoint is cast; or, if the bank was built as this head's, put them back: "
-            f'checkpoint["{name}"] = head.bank.prototypes.'
-        )
-    if got.is_meta or expected.is_meta or expected.isnan().any():
-        return
-    difference = float((got.to(expected.device) - expected).abs().max())
-    if not difference <= SAME_PROTOTYPES:
-        raise BankError(
-            f"the checkpoint's {name} holds other prototypes than this head: entries differ by up to {difference:.2g}. "
-            "Build the head with the same method and seed, or with the checkpoint's own prototypes: "
-            f'bank=PrototypeBank.from_tensor(checkpoint["{name}"]).'
-        )

@@ -13,12 +13,13 @@ from hyperproto.functional import (
     Reduction,
     batch_squared_lengths,
     check_reduction,
-    prototype_cross_entropy,
     pull_loss,
+    scaled_cross_entropy,
     squared_class_lengths,
 )
 from hyperproto.head import HypersphericalHead, require_heads
 from hyperproto.precision import keeping_dtype
+from hyperproto.readout import Readout
 from hyperproto.targets import check_target
 
 
@@ -59,11 +60,11 @@ class PrototypeLoss(nn.Module):
         Raises:
             ShapeError, LabelError: output or target do not fit; nothing has changed then.
         """
-        self.head.is_embedding(output)  # raises on any other shape
+        readout = self.head.read(output)
         check_target(target, len(output), self.head.num_classes)
-        loss = self._loss(output, target)
+        loss = self._loss(readout, target)
         if self.assigner is not None and self.training and self.head.training and torch.is_grad_enabled():
-            self.assigner.update(output.detach(), target)
+            self.assigner.feed(readout, target)
         return loss
 
     def extra_repr(self) -> str:
@@ -73,14 +74,13 @@ class PrototypeLoss(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrototypeLoss:
         return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
 
-    def _loss(self, output: Tensor, target: Tensor) -> Tensor:
+    def _loss(self, readout: Readout, target: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _selected_cosines(self, output: Tensor, target: Tensor) -> Tensor:
-        """(B, 1) with the own label's prototype, or (B, C) with all for soft targets."""
-        if target.dim() == 1:
-            return self.head.target_cosines_from_output(output, target)
-        return self.head.cosines_from_output(output)
+
+def _selected_cosines(readout: Readout, target: Tensor) -> Tensor:
+    """(B, 1) with the own label's prototype, or (B, C) with all for soft targets."""
+    return readout.own_cosines(target) if target.dim() == 1 else readout.cosines()
 
 
 class BalancedLoss(PrototypeLoss):
@@ -102,8 +102,8 @@ class BalancedLoss(PrototypeLoss):
         Mettes et al., NeurIPS 2019, eq. 5; Saadabadi et al., CVPR 2024.
     """
 
-    def _loss(self, output: Tensor, target: Tensor) -> Tensor:
-        return pull_loss(self._selected_cosines(output, target), target, reduction=self.reduction)
+    def _loss(self, readout: Readout, target: Tensor) -> Tensor:
+        return pull_loss(_selected_cosines(readout, target), target, reduction=self.reduction)
 
 
 class LongTailLoss(PrototypeLoss):
@@ -136,15 +136,15 @@ class LongTailLoss(PrototypeLoss):
         lengths = None if class_counts is None else squared_class_lengths(class_counts, self.head.num_classes)
         self.register_buffer("squared_lengths", lengths, persistent=False)
 
-    def _loss(self, output: Tensor, target: Tensor) -> Tensor:
-        weights = 0.5 * self._squared_lengths_for(output, target)
-        return pull_loss(self._selected_cosines(output, target), target, weights, reduction=self.reduction)
+    def _loss(self, readout: Readout, target: Tensor) -> Tensor:
+        weights = 0.5 * self._squared_lengths_for(target, readout.output.device)
+        return pull_loss(_selected_cosines(readout, target), target, weights, reduction=self.reduction)
 
-    def _squared_lengths_for(self, output: Tensor, target: Tensor) -> Tensor:
+    def _squared_lengths_for(self, target: Tensor, device: torch.device) -> Tensor:
         if self.squared_lengths is None:
             return batch_squared_lengths(target)
-        if self.squared_lengths.device != output.device:
-            self.to(output.device)
+        if self.squared_lengths.device != device:
+            self.to(device)
         return self.squared_lengths.gather(0, target)[:, None] if target.dim() == 1 else self.squared_lengths[None]
 
 
@@ -189,9 +189,9 @@ class PrototypeCrossEntropyLoss(PrototypeLoss):
         self.scale = scale
         self.label_smoothing = label_smoothing
 
-    def _loss(self, output: Tensor, target: Tensor) -> Tensor:
-        return prototype_cross_entropy(
-            self.head.cosines_from_output(output),
+    def _loss(self, readout: Readout, target: Tensor) -> Tensor:
+        return scaled_cross_entropy(
+            readout.cosines(),
             target,
             scale=self.scale,
             label_smoothing=self.label_smoothing,

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from hyperproto.errors import LabelError, ShapeError
 
+#: Samples, or summed weights, from which on a label counts as seen.
+SMALLEST_EVIDENCE = 0.5
+
 
 def check_target(target: Tensor, num_samples: int, num_classes: int) -> None:
     """Raise unless `target` holds labels (B,) or soft targets (B, C) for this many samples and classes.
 
-    Shapes and dtypes are always checked. The range of the labels is checked on the CPU only: on an accelerator
+    Shapes and dtypes are always checked. The range of the values is checked on the CPU only: on an accelerator
     the check would wait for the device, and indexing out of range fails loudly there by itself.
 
     Raises:
-        LabelError: not int64 labels of shape (B,) in [0, C), nor floating soft targets of shape (B, C).
+        LabelError: not int64 labels of shape (B,) in [0, C), nor floating soft targets of shape (B, C), finite and not
+            negative.
         ShapeError: another number of samples than the output has.
     """
     if target.dim() not in (1, 2) or (target.dim() == 2 and target.shape[1] != num_classes):
@@ -27,18 +33,60 @@ def check_target(target: Tensor, num_samples: int, num_classes: int) -> None:
             f"expected a target for each of the {num_samples} samples of the output, got {target.shape[0]}."
         )
     if target.dim() == 2:
-        if not target.is_floating_point():
-            raise LabelError(f"soft targets (B, {num_classes}) must be floating point, got {target.dtype}.")
+        _check_soft_targets(target, num_classes)
         return
     if target.dtype != torch.int64:
         raise LabelError(f"labels (B,) must be torch.int64, got {target.dtype}; convert them with target.long().")
-    if target.device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():
+    if _can_be_looked_at(target):
         smallest, largest = (int(bound) for bound in torch.aminmax(target))
         if smallest < 0 or largest >= num_classes:
             raise LabelError(
                 f"labels must lie in [0, {num_classes - 1}], got values from {smallest} to {largest}. "
                 "The head was made for another number of classes, or the labels mark samples to ignore: drop those."
             )
+
+
+def _check_soft_targets(target: Tensor, num_classes: int) -> None:
+    if not target.is_floating_point():
+        raise LabelError(f"soft targets (B, {num_classes}) must be floating point, got {target.dtype}.")
+    if _can_be_looked_at(target):
+        smallest, largest = (float(bound) for bound in torch.aminmax(target))
+        if not (smallest >= 0.0 and largest < math.inf):  # NaN compares false
+            raise LabelError(
+                f"soft targets (B, {num_classes}) are shares of a sample, finite and not negative; got values from "
+                f"{smallest:g} to {largest:g}. Outputs of a teacher need a softmax first."
+            )
+
+
+def _can_be_looked_at(target: Tensor) -> bool:
+    """Whether reading values costs nothing: on the CPU, and not while a graph is made."""
+    return target.device.type == "cpu" and target.numel() > 0 and not torch.compiler.is_compiling()
+
+
+def is_seen(counts: Tensor) -> Tensor:
+    """Whether there is evidence of a label: half a sample or more, of which counts (...) tell the summed weights.
+
+    One rule for class means, class lengths and fits. Less than that is a sliver, such as smoothing gives to every
+    label, and says nothing about the label.
+
+    Examples:
+        >>> is_seen(torch.tensor([0.0, 0.49, 0.5, 3.0])).tolist()
+        [False, False, True, True]
+    """
+    return counts >= SMALLEST_EVIDENCE
+
+
+def evidence(soft_targets: Tensor) -> Tensor:
+    """Soft targets (B, C) less what each row gives to all labels alike, in float32.
+
+    The uniform part of label smoothing says nothing about any label, and would draw all class means to one point.
+
+    Examples:
+        >>> evidence(torch.tensor([[0.7, 0.1, 0.2]]))
+        tensor([[0.6000, 0.0000, 0.1000]])
+    """
+    soft_targets = soft_targets.float()
+    return soft_targets - soft_targets.amin(dim=1, keepdim=True)
 
 
 def group_by_label(labels: Tensor) -> tuple[Tensor, Tensor]:

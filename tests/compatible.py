@@ -4,6 +4,7 @@ One model of each structure, as small as it can be made.
 """
 
 import inspect
+from collections.abc import Iterable
 from importlib.metadata import version
 
 import pytest
@@ -52,6 +53,13 @@ def needs_model(name: str) -> None:
         pytest.skip(f"timm {found} has no model {name}")
     if Version(found) < Version(MENDED.get(name, "0")):
         pytest.skip(f"timm {found} cannot tell the classifier of {name}; timm {MENDED[name]} can")
+
+
+def in_front(names: Iterable[str], *first: str) -> list[object]:
+    """The names as parameters of a test, of which `first` run always, and the others with `-m slow`."""
+    names = list(names)
+    assert set(first) <= set(names)
+    return [name if name in first else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def plain(name: str) -> nn.Module:

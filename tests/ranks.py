@@ -19,7 +19,7 @@ import torch.distributed as dist
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
-        "hyperproto.testing",
+        "hyperproto.testing.strategies",
         "pytest",
         "scipy.optimize",
         "timm",

@@ -156,7 +156,7 @@ def test_a_blended_assignment_is_refused_after_a_move_and_by_topk():
 
 def test_the_assignment_is_looked_at_after_each_write_and_at_no_other_time(monkeypatch):
     looked = []
-    monkeypatch.setattr("hyperproto.head.check_assignment", lambda *args: looked.append(args))
+    monkeypatch.setattr("hyperproto.codebook.check_assignment", lambda *args: looked.append(args))
     model, batch = small(), torch.randn(4, 5)
     model[2].assign_(torch.arange(NUM_CLASSES).flip(0))
     looked.clear()

@@ -113,5 +113,33 @@ def test_bad_input_leaves_the_old_scale():
 
 def test_an_output_that_is_no_matrix_of_logits_is_named():
     maps = nn.Sequential(make_model(), nn.Unflatten(1, (2, 2)))
-    with pytest.raises(ShapeError, match=r"logits \(B, C\) in eval mode, got \(3, 2, 2\)"):
+    with pytest.raises(ShapeError, match=r"logits of shape \(B, 4\) .*, got \(3, 2, 2\)"):
         fit_logit_scale(maps, [(torch.randn(3, 6), torch.zeros(3, dtype=torch.int64))])
+
+
+class TwoHeads(nn.Module):
+    """A model that averages the logits of two heads, as distilled transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = HypersphericalHead(6, 4, dim=3)
+        self.second = HypersphericalHead(6, 4, bank=self.first.bank)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return (self.first(features) + self.second(features)) / 2
+
+
+def test_all_heads_of_a_model_get_the_scale():
+    model = TwoHeads()
+    scale = fit_logit_scale(model, loader(model))
+    assert float(model.first.logit_scale) == float(model.second.logit_scale) == scale
+
+
+def test_the_scale_keeps_to_its_bounds():
+    head = HypersphericalHead(2, 2, projection="none", bank="simplex")
+    labels = torch.tensor([0, 1]).repeat(20)
+    wrong = head.class_prototypes[1 - labels]
+    assert fit_logit_scale(head, [(wrong, labels)]) == pytest.approx(1e-2, rel=1e-2)
+    # All right, and by so little that more is always better.
+    own, across = head.class_prototypes[labels], head.class_prototypes.flip(1)[labels] * torch.tensor([1.0, -1.0])
+    assert fit_logit_scale(head, [(5e-4 * own + across, labels)]) == pytest.approx(1e4, rel=1e-2)

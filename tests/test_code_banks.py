@@ -16,7 +16,7 @@ from hyperproto.constructions.code import (
     choose_code,
     code_points,
 )
-from hyperproto.geometry import largest_cosines, sampled_largest_cosines
+from hyperproto.sphere import largest_cosines, sampled_largest_cosines
 from hyperproto.testing import check_bank
 
 
@@ -109,7 +109,7 @@ def test_sizes_that_people_need(num, dim, cosine):
 def test_other_banks_are_sampled_beyond_what_can_be_compared(monkeypatch):
     bank = PrototypeBank(300, 8, method="random")
     exact = bank.report()
-    monkeypatch.setattr("hyperproto.bank.MOST_COMPARED_PROTOTYPES", 200)
+    monkeypatch.setattr("hyperproto.separation.MOST_COMPARED_PROTOTYPES", 200)
     sampled = bank.report()
     assert (exact.source, sampled.source) == ("all pairs", "sample")
     assert sampled.max_cosine == pytest.approx(exact.max_cosine)  # a sample of 1024 holds all 300

@@ -265,14 +265,15 @@ def test_half_precision_models(name, dtype):
 def test_timm_mixup_gives_soft_targets_to_criterion_and_assigner(name):
     model = converted(name)
     assigner = DynamicAssigner(model)
+    # Labels that no image has get 0.01 of each: no reason to give them a mean.
     mixup = Mixup(mixup_alpha=1.0, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=NUM_CLASSES)
     for criterion in (BalancedLoss(assigner), LongTailLoss(assigner)):
         batch, target = mixup(images(4), torch.arange(4))
         loss = criterion(model(batch), target)
         loss.backward()
         assert torch.isfinite(loss)
-    assert float(assigner.class_counts.sum()) == pytest.approx(8.0, abs=1e-3)
-    assert assigner.step().unseen == ()
+    assert float(assigner.class_counts.sum()) == pytest.approx(0.9 * 8.0, abs=1e-3)
+    assert set(assigner.step().unseen) >= {4, 5, 6, 7, 8, 9}
 
 
 @needs("timm.task", timm="1.0.26")

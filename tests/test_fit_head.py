@@ -462,6 +462,70 @@ def test_statistics_far_from_zero_are_exact_enough():
     torch.testing.assert_close(far.scatter().within, near.scatter().within, atol=1e-6, rtol=0)
 
 
+# The numbers written into the projection
+
+
+@pytest.mark.parametrize("projection", ["linear", "linear+bn"])
+@pytest.mark.parametrize("dim", [2, 4, 9])
+def test_a_fitted_projection_is_as_long_as_a_fresh_one(projection, dim):
+    head = make_head(6, 12, dim, projection=projection)
+    features, labels = clouds(6, 12)
+    fit_head(head, batched(100.0 * features, labels))
+    linear = head.projection if projection == "linear" else head.projection[0]
+    # Rows of a fresh map have entries uniform in +-1 / sqrt(12): D rows of squared length 1 / 3.
+    assert float(linear.weight.detach().norm()) == pytest.approx((dim / 3) ** 0.5, rel=1e-5)
+    if projection == "linear+bn":
+        assert float(head.projection[1].weight.detach().square().mean().sqrt()) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_running_statistics_are_those_of_the_weight_as_it_is_rounded():
+    head = make_head(6, 12, 4).to(torch.bfloat16)
+    features, labels = clouds(6, 12)
+    fit_head(head, batched(10.0 + features, labels))
+    projected = (10.0 + features).double() @ head.projection[0].weight.double().T
+    mean, variance = projected.mean(dim=0), projected.var(dim=0, correction=0)
+    torch.testing.assert_close(head.projection[1].running_mean.double(), mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(head.projection[1].running_var.double(), variance, rtol=1e-5, atol=1e-5)
+
+
+def test_accuracy_with_soft_targets_is_that_of_their_largest_entry():
+    features, labels = clouds(6, 12, apart=0.7)
+    hard, soft = make_head(6, 12, 4), make_head(6, 12, 4)
+    expected = fit_head(hard, batched(features, labels))
+    fit = fit_head(soft, batched(features, one_hot(labels, 6).float()))
+    assert 0.4 < expected.accuracy < 1.0
+    assert fit.accuracy == expected.accuracy
+    assert_same_state(soft, hard, atol=1e-6, rtol=1e-6)
+
+
+def test_the_similarity_of_soft_targets_is_that_of_weighted_means():
+    features, labels = clouds(6, 12)
+    target = 0.7 * one_hot(labels, 6).float() + 0.3 * one_hot((labels + 1) % 6, 6).float()
+    head = make_head(6, 12, 4)
+    fit = fit_head(head, batched(features, target))
+    means = (target.T @ features) / target.sum(dim=0)[:, None]
+    expected = (head.embed(means).detach() * head.class_prototypes).sum(dim=1).mean()
+    assert fit.similarity == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_means_apart_by_rounding_tell_no_labels_apart():
+    labels = torch.arange(60) % 4
+    features = normal(15, 6).repeat_interleave(4, dim=0)  # of each label the same
+    head = make_head(4, 6, 3)
+    features[:, 0] = 1e-8 * labels
+    with pytest.raises(ArgumentError, match="same mean for all labels"):
+        fit_head(head, batched(features, labels))
+    features[:, 0] = 1e-4 * labels
+    assert fit_head(head, batched(features, labels)).similarity > 0.5
+
+
+def test_a_sample_holds_no_more_than_twice_its_limit():
+    sample = FeatureSample(20, width=1)
+    for part in torch.arange(3000.0)[:, None].split(7):
+        sample.add(part, part[:, 0].long())
+        assert sum(len(labels) for _, _, labels in sample._held) <= 2 * 20
+
+
 # Errors
 
 

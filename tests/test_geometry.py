@@ -10,16 +10,10 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 from scipy.special import eval_gegenbauer
 
-from hyperproto import ArgumentError, PrototypeBank, ShapeError, geometry
-from hyperproto.geometry import (
-    cosine_lower_bound,
-    hyperspherical_energy,
-    largest_cosines,
-    levenshtein_bound,
-    normalise,
-    rankin_bound,
-    spanning_rows,
-)
+from hyperproto import ArgumentError, PrototypeBank, ShapeError, sphere
+from hyperproto.bounds import cosine_lower_bound, levenshtein_bound, rankin_bound
+from hyperproto.readout import spanning_rows
+from hyperproto.sphere import hyperspherical_energy, largest_cosines, normalise
 
 CROSS_POLYTOPE = torch.cat([torch.eye(3), -torch.eye(3)])
 CUBE = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
@@ -65,7 +59,7 @@ def test_rows_too_small_for_a_direction_are_zero_with_a_finite_gradient(length):
 
 
 def test_the_smallest_row_with_a_direction_has_a_finite_gradient():
-    x = torch.tensor([[3.0, 1.0]]).mul(geometry.SMALLEST_LENGTH).requires_grad_()
+    x = torch.tensor([[3.0, 1.0]]).mul(sphere.SMALLEST_LENGTH).requires_grad_()
     normalise(x)[0, 0].backward()
     assert torch.isfinite(x.grad).all()
 
@@ -194,7 +188,7 @@ def test_largest_cosines_in_blocks_equal_the_whole_matrix(num, dim, block_rows, 
     cosines = prototypes.double().numpy() @ prototypes.double().numpy().T
     np.fill_diagonal(cosines, -2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(geometry, "BLOCK_ROWS", block_rows)
+        patch.setattr(sphere, "BLOCK_ROWS", block_rows)
         got = largest_cosines(prototypes)
     assert got.dtype == torch.float32
     np.testing.assert_allclose(got.numpy(), cosines.max(axis=1), atol=1e-7)

@@ -7,13 +7,15 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
-from compatible import MODELS, NUM_CLASSES, converted, images, needs, permute_
+from compatible import MODELS, NUM_CLASSES, converted, images, in_front, needs, permute_
 from timm import layers
 from torch import nn
 
 from hyperproto import BalancedLoss, DynamicAssigner, HyperprotoError, to_linear
 
 every_model = pytest.mark.parametrize("name", MODELS)
+#: For compilers and exporters, which take seconds a model.
+one_model_in_front = pytest.mark.parametrize("name", in_front(MODELS, "test_resnet"))
 
 #: torch calls its own TorchScript deprecated; it is still what timm's --torchscript and many deployments use.
 torchscript = pytest.mark.filterwarnings(
@@ -72,7 +74,7 @@ def test_symbolically_traced(name):
     torch.testing.assert_close(graph(batch), model(batch))
 
 
-@every_model
+@one_model_in_front
 def test_exported(name):
     model, batch = converted(name).eval(), images()
     batch_size = torch.export.Dim("batch", min=1, max=64)
@@ -84,7 +86,7 @@ def test_exported(name):
 
 
 @needs("a conversion of batch norm to ONNX that today's onnxscript takes", torch="2.11")
-@every_model
+@one_model_in_front
 def test_onnx_gives_equal_logits(name, tmp_path):
     model, batch = converted(name).eval(), images()
     permute_(model)
@@ -101,7 +103,7 @@ def run_onnx(path: Path, batch: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(logits)
 
 
-@every_model
+@one_model_in_front
 def test_compiled_as_one_graph_that_an_assignment_step_does_not_recompile(name):
     check_compiled(name, "eager")  # what is one graph and what is recompiled does not depend on the backend
 

@@ -20,7 +20,7 @@ from hyperproto import (
     ShapeError,
     get_heads,
 )
-from hyperproto.logits import PLACED_PROBABILITY, default_logit_scale
+from hyperproto.separation import PLACED_PROBABILITY, default_logit_scale
 from hyperproto.testing import SEEDS, check_assignment, heads
 
 
@@ -122,7 +122,9 @@ def test_recovery_follows_a_loaded_assignment():
     assert torch.equal(target.anchor_inverse, source.anchor_inverse)
 
 
-@pytest.mark.parametrize(("num_classes", "dim"), [(2, 8), (10, 9), (100, 99), (1000, 999)])
+@pytest.mark.parametrize(
+    ("num_classes", "dim"), [(2, 8), (10, 9), (100, 99), pytest.param(1000, 999, marks=pytest.mark.slow)]
+)
 def test_default_scale_gives_a_placed_sample_the_documented_probability(num_classes, dim):
     bank = PrototypeBank(num_classes, dim, method="simplex")
     head = HypersphericalHead(dim, num_classes, bank=bank, projection="none")
@@ -139,7 +141,7 @@ def test_default_scale_is_sensible_beyond_the_simplex(method):
 
 def test_default_scale_is_bounded_for_overlapping_prototypes():
     bank = PrototypeBank.from_tensor(torch.tensor([[1.0, 0.0], [1.0, 1e-9], [1.0, 1e-8]]))
-    assert default_logit_scale(bank, 3) < 200
+    assert default_logit_scale(bank.prototypes, 3) < 200
 
 
 # Training output
@@ -220,7 +222,7 @@ def test_seed_decides_everything_and_the_global_generator_nothing():
 
 @pytest.mark.parametrize("k", [1, 3, 7])
 def test_topk_in_chunks_is_topk_of_all_logits(k, monkeypatch):
-    monkeypatch.setattr("hyperproto.head.TOPK_CHUNK", 3)
+    monkeypatch.setattr("hyperproto.codebook.TOPK_CHUNK", 3)
     head = HypersphericalHead(4, 7, bank=PrototypeBank(9, 4, method="random"), projection="none", logit_scale=1.0)
     head.assign_(torch.tensor([8, 0, 3, 5, 1, 7, 2]))
     embeddings = head.embed(rows(6, 4))
@@ -425,3 +427,30 @@ def test_invalid_assignments_are_refused_and_change_nothing(assignment, words):
 def test_a_checkpoint_of_another_bank_shape_is_refused():
     with pytest.raises(BankError, match=r"\(8, 4\).*\(8, 6\)"):
         HypersphericalHead(12, 5, bank=PrototypeBank(8, 6)).load_state_dict(spare_head().state_dict())
+
+
+@given(seed=SEEDS, num_prototypes=st.integers(3, 9), spare=st.integers(0, 3))
+def test_anchors_depend_on_what_is_assigned_and_not_to_whom(seed, num_prototypes, spare):
+    bank = PrototypeBank(num_prototypes + spare, 4, method="random", seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(num_prototypes + spare, generator=generator)[:num_prototypes]
+    heads = [HypersphericalHead(4, num_prototypes, bank=bank, projection="none") for _ in range(2)]
+    for head in heads:
+        head.assign_(chosen[torch.randperm(num_prototypes, generator=generator)])
+    assert torch.equal(heads[0].anchors, heads[1].anchors)
+    assert torch.equal(heads[0].anchor_inverse, heads[1].anchor_inverse)
+
+
+@pytest.mark.parametrize(
+    "angles",
+    [[0.0, 0.6, 2.0, 3.5], [0.0, 0.35, 0.7, 3.0], [0.0, 0.01, 3.0, 3.01], [0.0, 0.3, 0.35, 1.5]],
+    ids=["wide", "narrow", "floor", "mixed"],
+)
+def test_the_default_scale_is_the_documented_formula(angles):
+    rows = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    cosines = rows @ rows.T
+    np.fill_diagonal(cosines, -1.0)
+    rho = cosines.max(axis=1).mean()
+    expected = np.log(3 * 0.99 / 0.01) / max(1.0 - rho, 0.05)
+    head = HypersphericalHead(2, 4, bank=PrototypeBank.from_tensor(torch.tensor(rows)), projection="none")
+    assert float(head.logit_scale) == pytest.approx(expected, rel=1e-4)

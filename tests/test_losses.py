@@ -24,6 +24,7 @@ from hyperproto import (
     functional,
 )
 from hyperproto.losses import PrototypeLoss
+from hyperproto.readout import Readout
 from hyperproto.testing import SEEDS, check_loss, heads
 
 COUNTS = torch.tensor([500, 120, 40, 12, 7, 5])
@@ -195,15 +196,15 @@ def test_contract(make_loss, reduction):
 
 
 class Careless(BalancedLoss):
-    def _loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        loss = super()._loss(output, target)
+    def _loss(self, readout: Readout, target: torch.Tensor) -> torch.Tensor:
+        loss = super()._loss(readout, target)
         target.zero_()
         return loss
 
 
 class Detached(BalancedLoss):
-    def _loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return super()._loss(output, target) if len(output) else torch.zeros(())
+    def _loss(self, readout: Readout, target: torch.Tensor) -> torch.Tensor:
+        return super()._loss(readout, target) if len(target) else torch.zeros(())
 
 
 def test_the_contract_asks_for_a_gradient_of_an_empty_batch():
@@ -223,8 +224,10 @@ BOUNDS = "inductor's check that a label to look up is not negative"
     ("name", "backend"),
     [
         *((name, "eager") for name in LOSSES),
-        pytest.param("balanced", "inductor", marks=needs(BOUNDS, torch="2.11")),
-        pytest.param("cross-entropy", "inductor", marks=needs(BOUNDS, torch="2.11")),
+        *(
+            pytest.param(name, "inductor", marks=[pytest.mark.slow, needs(BOUNDS, torch="2.11")])
+            for name in ("balanced", "cross-entropy")
+        ),
     ],
 )
 @pytest.mark.parametrize("training_output", ["logits", "embedding"])
@@ -393,3 +396,28 @@ def test_pure_losses_check_their_input(loss):
         loss(torch.zeros(2, 6), torch.tensor([0, 7]))
     with pytest.raises(ArgumentError, match="'none'"):
         loss(torch.zeros(2, 6), torch.tensor([0, 1]), reduction="max")
+
+
+def test_the_whole_target_may_be_smoothed():
+    head, (features, labels) = make_head(), batch()
+    loss = PrototypeCrossEntropyLoss(head, label_smoothing=1.0)(head(features), labels)
+    log_probabilities = (16.0 * head(features) / head.logit_scale).log_softmax(dim=1)
+    torch.testing.assert_close(loss, -log_probabilities.mean())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_criterion_adds_nothing_to_a_checkpoint(name):
+    assert list(LOSSES[name](make_head()).state_dict()) == []
+    assigner = DynamicAssigner(make_head())
+    expected = [f"assigner.{key}" for key in assigner.state_dict()]
+    assert list(LOSSES[name](assigner).state_dict()) == expected
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_where_embeddings_are_as_wide_as_logits_the_mode_tells_them_apart(training):
+    head = HypersphericalHead(8, 8, dim=8, projection="none", training_output="embedding").train(training)
+    features, labels = torch.randn(5, 8), torch.tensor([0, 3, 3, 7, 1])
+    own = (nn.functional.normalize(features) * head.class_prototypes[labels]).sum(dim=1)
+    torch.testing.assert_close(BalancedLoss(head)(head(features), labels), (1 - own).square().mean())
+    one_hot = nn.functional.one_hot(labels, 8).float()
+    torch.testing.assert_close(BalancedLoss(head)(head(features), one_hot), (1 - own).square().mean())

@@ -64,8 +64,12 @@ class Expected:
             if self.momentum is None:
                 self.sums[label] += total
                 new = self.sums[label]
+                begun = self.pending[label] >= 0.5
             else:
                 new = self.momentum * self.means[label] + (1 - self.momentum) * total / max(count, 1.0)
+                begun = count >= 0.5 or self.means[label].any()
+            if not begun:  # a sliver of a label starts no mean
+                continue
             length = np.linalg.norm(new)
             self.means[label] = new / length if length > 0 else 0.0
             self.lengths[label] = length

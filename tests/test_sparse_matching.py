@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-import hyperproto.functional
+import hyperproto.matching.solve
 import hyperproto.matching.sparse
 from hyperproto import DynamicAssigner, HypersphericalHead, PrototypeBank
 from hyperproto.errors import AssignmentError, ShapeError
 from hyperproto.functional import solve_assignment
-from hyperproto.geometry import normalise
-from hyperproto.matching.candidates import Candidates, Problem
-from hyperproto.matching.check import check_assignment
+from hyperproto.matching.candidates import Candidates
 from hyperproto.matching.prices import exact_prices
+from hyperproto.matching.problem import Problem, check_assignment
 from hyperproto.matching.sparse import solve_sparse
+from hyperproto.sphere import normalise
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -257,7 +257,7 @@ def test_an_assigner_steps_warm_and_resumes_without_its_prices():
 
 
 def test_auto_picks_by_size(monkeypatch):
-    monkeypatch.setattr(hyperproto.functional, "SPARSE_FROM_CLASSES", 50)
+    monkeypatch.setattr(hyperproto.matching.solve, "SPARSE_FROM_CLASSES", 50)
     for num_classes, method in ((49, "dense"), (50, "sparse")):
         solution = solve_assignment(unit_rows(num_classes, 8), unit_rows(60, 8, seed=1))
         assert solution.method == method
@@ -271,10 +271,10 @@ def test_rounds_that_do_not_close_fall_back_to_dense_or_say_what_it_needs(monkey
         solution = solve_sparse(*args, **kwargs)
         return type(solution)(solution.assignment, solution.prices, proven=False)
 
-    monkeypatch.setattr(hyperproto.functional, "solve_sparse", never_closes)
+    monkeypatch.setattr(hyperproto.matching.solve, "solve_sparse", never_closes)
     solution = solve_assignment(means, prototypes, method="sparse")
     assert (solution.method, solution.optimal) == ("dense", True)
-    monkeypatch.setattr(hyperproto.functional, "DENSE_BYTES", 10**6)
+    monkeypatch.setattr(hyperproto.matching.solve, "DENSE_BYTES", 10**6)
     with pytest.raises(AssignmentError, match=r'300 labels.*method="dense".*0\.0 GiB'):
         solve_assignment(means, prototypes, method="sparse")
 
@@ -355,7 +355,7 @@ def test_exact_prices_are_feasible_and_tight(seed, spare):
 MEMORY_OF_A_SOLVE = """
 import resource, torch
 from hyperproto.functional import solve_assignment
-from hyperproto.geometry import normalise
+from hyperproto.sphere import normalise
 generator = torch.Generator().manual_seed(0)
 means, prototypes = (normalise(torch.randn({size}, 64, generator=generator)) for _ in range(2))
 solve_assignment(means[:100], prototypes[:100], method="sparse")  # loads scipy
@@ -372,3 +372,24 @@ def test_memory_of_20000_labels():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert out[0] == "True"
     assert int(out[1]) < 600 * 1024  # KiB; the matrix alone would be 3.0 GiB in float64
+
+
+def test_the_second_step_of_an_assigner_scans_once_when_little_has_changed(monkeypatch):
+    prototypes = unit_rows(1200, 64)
+    bank = PrototypeBank.from_tensor(prototypes)
+    head = HypersphericalHead(64, 1200, bank=bank, projection="none", training_output="embedding")
+    assigner = DynamicAssigner(head, solver="sparse", momentum=None)
+    means = means_of("clusters", 1200, prototypes)
+    assigner.update(means, torch.arange(1200))
+    assigner.step()
+    scanned = []
+    scan = Candidates.scan
+
+    def counting(self, prices, labels=None):
+        scanned.append(len(self.left_out) if labels is None else len(labels))
+        return scan(self, prices, labels)
+
+    monkeypatch.setattr(Candidates, "scan", counting)
+    assigner.update(normalise(means + 1e-4 * unit_rows(1200, 64, seed=9)), torch.arange(1200))
+    assigner.step()
+    assert 0 < sum(scanned) < 1.5 * 1200

@@ -1,6 +1,7 @@
 """One model of each structure that a classifier can have: in, trained, out again, folded; with numbers."""
 
 import copy
+import itertools
 import logging
 import pickle
 
@@ -8,7 +9,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from compatible import needs_model
+from compatible import in_front, needs_model
 from timm.layers import TestTimePoolHead as TimePoolHead
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ STRUCTURES: dict[str, tuple[dict[str, object], int, tuple[str, ...]]] = {
     "dla46x_c": ({}, 64, ("fc",)),
     "dpn48b": ({"k_sec": (1, 1, 1, 1)}, 64, ("classifier",)),
     # batch norm and linear layer in one module, which timm can merge
-    "levit_256d": ({"depth": (1, 1, 1)}, 224, ("head.linear",)),
+    "levit_256d": ({"depth": (1, 1, 1), "embed_dim": (32, 48, 64), "num_heads": (2, 2, 2)}, 224, ("head.linear",)),
     "efficientvit_m0": ({}, 224, ("head.linear",)),
     "shvit_s1": ({}, 224, ("head.l",)),
     "iformer_t": ({}, 224, ("head.head.l",)),
@@ -44,7 +45,11 @@ STRUCTURES: dict[str, tuple[dict[str, object], int, tuple[str, ...]]] = {
     "repvit_m0_9": ({}, 64, ("head.head.l", "head.head_dist.l")),
     "iformer_m_distilled": ({}, 224, ("head.head.l", "head.head_dist.l")),
     # the model's own configuration forgets the second
-    "levit_384_s8": ({"depth": (1, 1, 1)}, 224, ("head.linear", "head_dist.linear")),
+    "levit_384_s8": (
+        {"depth": (1, 1, 1), "embed_dim": (32, 48, 64), "num_heads": (2, 2, 2)},
+        224,
+        ("head.linear", "head_dist.linear"),
+    ),
     # distilled pairs
     "deit_tiny_distilled_patch16_224": ({"img_size": 32, "depth": 1}, 32, ("head", "head_dist")),
     "pit_ti_distilled_224": ({"depth": (1, 1, 1)}, 224, ("head", "head_dist")),
@@ -64,7 +69,7 @@ STRUCTURES: dict[str, tuple[dict[str, object], int, tuple[str, ...]]] = {
         ("head.fc",),
     ),
     # applied to every token
-    "resnet50_clip": ({"img_size": 64}, 64, ("head.proj",)),
+    "resnet50_clip": ({"img_size": 64, "width_factor": 0.25}, 64, ("head.proj",)),
     # a second classifier, whose maximum over tokens is added
     "volo_d1_224": ({"img_size": 64}, 64, ("head",)),
     "naflexvit_base_patch16_gap": ({"depth": 1, "embed_dim": 48, "num_heads": 3}, 64, ("head",)),
@@ -72,6 +77,21 @@ STRUCTURES: dict[str, tuple[dict[str, object], int, tuple[str, ...]]] = {
 SINGLE = [name for name, (_, _, paths) in STRUCTURES.items() if len(paths) == 1]
 SEVERAL = [name for name in STRUCTURES if name not in SINGLE]
 MERGING = [name for name in STRUCTURES if name.startswith(("levit", "efficientvit", "shvit", "iformer", "repvit"))]
+#: One of each kind; the smallest where there is a choice.
+FIRST = (
+    "test_vit",
+    "resnetv2_18",
+    "levit_256d",
+    "levit_128s",
+    "deit_tiny_distilled_patch16_224",
+    "crossvit_tiny_240",
+    "efficientvim_m1",
+    "inception_next_atto",
+    "samvit_base_patch16_224",
+    "resnet50_clip",
+    "volo_d1_224",
+)
+every_structure = pytest.mark.parametrize("name", in_front(STRUCTURES, *FIRST))
 NUM_CLASSES = 10
 
 
@@ -117,7 +137,7 @@ def same(left: Tensor, right: Tensor) -> bool:
     return torch.allclose(left, right, atol=2e-4 * float(left.abs().max()))
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+@every_structure
 def test_in_trained_and_out(name):
     model, inputs = make(name), images(name)
     before, state, outputs = parts(model), copy.deepcopy(model.state_dict()), predict(model, inputs)
@@ -145,7 +165,7 @@ def test_in_trained_and_out(name):
         assigner.step()
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+@every_structure
 def test_the_output_is_a_convex_combination_of_cosines(name):
     """With one and the same embedding for every input of every head, the output is that embedding's logits."""
     model = convert_model(make(name), dim=6)
@@ -164,7 +184,7 @@ def test_the_output_is_a_convex_combination_of_cosines(name):
     assert same(predict(model, images(name)), (head.logit_scale * head.class_prototypes @ constant).expand(3, -1))
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+@every_structure
 def test_embeddings_as_training_output(name):
     model = convert_model(make(name), dim=6, training_output="embedding").train()
     output = model(images(name))
@@ -175,7 +195,9 @@ def test_embeddings_as_training_output(name):
 
 # timm 1.0.15 makes classifiers of no outputs, which torch says it cannot initialise.
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
-@pytest.mark.parametrize("name", [name for name in STRUCTURES if name != "naflexvit_base_patch16_gap"])
+@pytest.mark.parametrize(
+    "name", in_front([name for name in STRUCTURES if name != "naflexvit_base_patch16_gap"], *FIRST)
+)
 def test_models_made_without_a_classifier(name):
     model, inputs = make(name, num_classes=0), images(name)
     before, outputs = parts(model), predict(model, inputs)
@@ -198,7 +220,9 @@ def test_models_made_without_a_classifier(name):
     assert torch.equal(predict(model, inputs), outputs)
 
 
-@pytest.mark.parametrize("name", ["resnetv2_18", "levit_128s", "crossvit_tiny_240", "volo_d1_224"])
+@pytest.mark.parametrize(
+    "name", ["resnetv2_18", "levit_128s", "crossvit_tiny_240", pytest.param("volo_d1_224", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_are_restored_on_their_own(name, copier):
     original = make(name)
@@ -258,8 +282,14 @@ def test_a_layer_with_two_names_is_replaced_under_both(name):
 # Folding
 
 
-@pytest.mark.parametrize("projection", ["linear+bn", "linear", "none"])
-@pytest.mark.parametrize("name", ["test_vit", "resnetv2_18", "levit_256d", "volo_d1_224"])
+@pytest.mark.parametrize(
+    ("name", "projection"),
+    [
+        *itertools.product(["test_vit", "resnetv2_18", "levit_256d"], ["linear+bn", "linear", "none"]),
+        ("volo_d1_224", "linear+bn"),
+        *(pytest.param("volo_d1_224", projection, marks=pytest.mark.slow) for projection in ("linear", "none")),
+    ],
+)
 def test_the_folded_model_ranks_as_the_head_does_and_loads(name, projection):
     dim = None if projection == "none" else 6
     model = scramble_(convert_model(make(name), dim=dim, projection=projection))
@@ -303,7 +333,7 @@ def test_several_heads_cannot_be_folded(name):
 # What would go wrong unnoticed
 
 
-@pytest.mark.parametrize("name", MERGING)
+@pytest.mark.parametrize("name", in_front(MERGING, "levit_256d", "levit_128s", "repvit_m0_9"))
 def test_merging_batch_norm_changes_no_logit(name):
     model, inputs = convert_model(make(name), dim=6), images(name)
     outputs = predict(model, inputs)
@@ -337,7 +367,9 @@ def test_a_head_has_no_weight(name):
         assert predict(pooled, images(name)).shape == (3, NUM_CLASSES)
 
 
-@pytest.mark.parametrize("name", ["test_vit", "levit_128s", "volo_d1_224", "efficientvim_m1"])
+@pytest.mark.parametrize(
+    "name", ["test_vit", "levit_128s", pytest.param("volo_d1_224", marks=pytest.mark.slow), "efficientvim_m1"]
+)
 @pytest.mark.parametrize("num_classes", [0, 7])
 @pytest.mark.parametrize("copier", [lambda pair: pair, copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 def test_reset_classifier_retires_the_heads(name, num_classes, copier):

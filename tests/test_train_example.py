@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import hyperproto
+from hyperproto.fitting import compress_head, refit_head
 
 ROOT = Path(__file__).parents[1]
 NUM_CLASSES, TRAIN_IMAGES, TEST_IMAGES = 4, 12, 5
@@ -144,9 +145,13 @@ FINAL = {
     "simplex, then class vectors": ["--head", "etf", "--final-dim", "3"],
     "simplex, then a bank": ["--head", "etf", "--final-dim", "2", "--final-bank", "hpn"],
 }  # fmt: skip
+final_heads = [
+    pytest.param(flags, id=name, marks=[] if name == "simplex, then class vectors" else pytest.mark.slow)
+    for name, flags in FINAL.items()
+]
 
 
-@pytest.mark.parametrize("flags", FINAL.values(), ids=FINAL)
+@pytest.mark.parametrize("flags", final_heads)
 def test_a_final_head_is_made_again_after_a_kill(folder, tmp_path, monkeypatch, flags):
     flags = [*flags, "--epochs", "10", "--refit", "20", "--resume"]
     straight = run(folder, tmp_path / "straight.jsonl", *flags, "--output", str(tmp_path / "straight"))
@@ -156,7 +161,7 @@ def test_a_final_head_is_made_again_after_a_kill(folder, tmp_path, monkeypatch, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        for module in (train, train.hyperproto.fitting.refit_head):
+        for module in (train, refit_head, compress_head):
             patch.setattr(module, "minimise", kill)
         with pytest.raises(KeyboardInterrupt):
             run(folder, tmp_path / "killed.jsonl", *flags, "--output", str(tmp_path / "killed"))
@@ -197,7 +202,7 @@ def trained(folder, tmp_path_factory) -> dict[str, Path]:
     return checkpoints
 
 
-@pytest.mark.parametrize("flags", [*FINAL.values(), ["--head", "etf", "--refit", "0"]], ids=[*FINAL, "no refit"])
+@pytest.mark.parametrize("flags", [*final_heads, pytest.param(["--head", "etf", "--refit", "0"], id="no refit")])
 def test_a_run_from_the_epochs_of_another_ends_as_one_that_does_them_itself(folder, trained, tmp_path, flags):
     head, flags = flags[1], ["--refit", "5", *flags, "--dim", str(NUM_CLASSES), "--epochs", "4"]
     alone = run(folder, tmp_path / "alone.jsonl", *flags, "--output", str(tmp_path / "alone"))

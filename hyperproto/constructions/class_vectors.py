@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from hyperproto.constructions._check import check_size
 from hyperproto.errors import BankError
-from hyperproto.geometry import largest_cosines
+from hyperproto.sphere import largest_cosines
 
 Array = NDArray[np.float64]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hyperproto.constructions._optimise import anneal, weighted_sums
 from hyperproto.constructions.random import random_points
-from hyperproto.geometry import largest_cosines
+from hyperproto.sphere import largest_cosines
 
 
 def hpn_points(num_prototypes: int, dim: int, generator: torch.Generator) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hyperproto.constructions._check import check_size
-from hyperproto.geometry import normalise
+from hyperproto.sphere import normalise
 
 
 def random_points(num_prototypes: int, dim: int, generator: torch.Generator) -> Tensor:

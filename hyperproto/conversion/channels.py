@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from hyperproto.head import HypersphericalHead
-from hyperproto.logits import scaled_cosines
+from hyperproto.sphere import assigned_cosines
 
 # A leaf to torch.fx, as in the module of the base class.
-torch.fx.wrap("scaled_cosines")
+torch.fx.wrap("assigned_cosines")
 
 
 class ChannelsFirstHead(HypersphericalHead):
@@ -27,5 +27,5 @@ class ChannelsFirstHead(HypersphericalHead):
         if not (self.training and self.training_output == "embedding"):
             if not torch.jit.is_scripting():
                 self._check_written_assignment()
-            rows = scaled_cosines(rows, self.bank.prototypes, self.assignment, self.logit_scale)
+            rows = assigned_cosines(rows, self.bank.prototypes, self.assignment) * self.logit_scale
         return rows.permute(0, 3, 1, 2)

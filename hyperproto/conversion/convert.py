@@ -7,6 +7,7 @@ import logging
 from torch import nn
 
 from hyperproto.bank import PrototypeBank
+from hyperproto.codebook import TrainingOutput
 from hyperproto.conversion.channels import ChannelsFirstHead
 from hyperproto.conversion.describe import describe
 from hyperproto.conversion.loading import check_before_loading
@@ -30,7 +31,7 @@ from hyperproto.conversion.structures import (
 )
 from hyperproto.conversion.warm_start import warm_start_
 from hyperproto.errors import AlreadyConvertedError, ArgumentError
-from hyperproto.head import HypersphericalHead, TrainingOutput, get_heads
+from hyperproto.head import HypersphericalHead, get_heads
 from hyperproto.projection import Projection
 
 logger = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from hyperproto.affine import known_layers
 from hyperproto.bank import PrototypeBank
 from hyperproto.conversion.locate import Leaf, num_inputs, num_outputs
 from hyperproto.conversion.record import RECORD, Conversion, count_parameters
-from hyperproto.geometry import sampled_largest_cosines
 from hyperproto.head import HypersphericalHead, get_heads, require_heads
 from hyperproto.projection import has_layers
+from hyperproto.sphere import sampled_largest_cosines
 
 #: Prototypes whose nearest neighbours are looked for: the time must not grow with the square of a bank of a million.
 SAMPLED_ROWS = 4096

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from hyperproto.affine import affine_state, layers_of
 from hyperproto.errors import ArgumentError, ShapeError
-from hyperproto.functional import solve_assignment
 from hyperproto.head import HypersphericalHead
-from hyperproto.matching.check import check_assignment
+from hyperproto.matching.problem import check_assignment
 from hyperproto.matching.procrustes import align
+from hyperproto.matching.solve import solve_assignment
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""A start from the data: one pass over the features, then assignment and projection in closed form."""
+"""Fits on one pass over the data: a start in closed form, a refit, fewer dimensions, and the temperature."""

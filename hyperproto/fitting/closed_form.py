@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from hyperproto.fitting.statistics import ClassScatter
+from hyperproto.matching.problem import place_unseen
 from hyperproto.matching.procrustes import align
-from hyperproto.matching.sparse import place_unseen
 
 #: Prototypes are float32: to take one from a label that has not been seen has to gain more than their rounding.
 SMALLEST_SHARE = 1e-6

@@ -8,43 +8,81 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from hyperproto.assigner import DynamicAssigner
 from hyperproto.errors import ArgumentError, HeadNotFoundError, ShapeError
 from hyperproto.fitting.statistics import FeatureStatistics
-from hyperproto.geometry import normalise
 from hyperproto.head import HypersphericalHead
 from hyperproto.modes import eval_mode
 from hyperproto.projection import has_layers
+from hyperproto.ranks import ProcessGroup, add_up_ranks, share_buffers_
+from hyperproto.sphere import normalise
 from hyperproto.targets import check_target
 
 #: Takes the number of a head, features (N, F) float32 that reach it, and the target (N,) or (N, C) of each on the CPU.
 Consumer = Callable[[int, Tensor, Tensor], None]
 
 
-@torch.no_grad()
-def feed_features(
-    model: nn.Module, heads: tuple[HypersphericalHead, ...], loader: Iterable[Any], consume: Consumer
-) -> int:
-    """Give `consume` what the model's heads project, batch by batch, in eval mode; the number of samples.
+def collect(
+    model: nn.Module,
+    heads: tuple[HypersphericalHead, ...],
+    loader: Iterable[Any],
+    keep: Consumer,
+    *,
+    process_group: ProcessGroup | None,
+) -> tuple[list[FeatureStatistics], int]:
+    """One pass over the data: statistics of what each head projects, on all ranks, and the number of samples there.
 
-    Under torch.distributed the features of all ranks are those of one model: see `evaluating`.
+    Args:
+        model: it is run in eval mode; under torch.distributed as the model of the first rank.
+        heads: of the model.
+        loader: batches whose first two items are inputs and targets.
+        keep: gets the features as they come, where the model is.
+        process_group: the ranks that share out the data.
 
     Raises:
         HeadNotFoundError: the model does not call all of its heads.
         LabelError, ShapeError: targets that do not fit.
+        ArgumentError: there are no samples.
     """
-    device = heads[0].assignment.device
+    statistics = [FeatureStatistics(head.num_classes, head.in_features) for head in heads]
+
+    def consume(index: int, features: Tensor, target: Tensor) -> None:
+        statistics[index].add(features.cpu(), target)
+        keep(index, features, target)
+
+    samples = torch.tensor([_feed(model, heads, loader, consume, process_group)], dtype=torch.float64, device="cpu")
+    sums = [tensor for each in statistics for tensor in each.tensors()]
+    add_up_ranks([samples, *sums], heads[0].assignment.device, process_group=process_group)
+    if float(samples) == 0.0:
+        raise ArgumentError("the loader gave no samples: a head needs data to be fitted to.")
+    return statistics, int(samples)
+
+
+@torch.no_grad()
+def run_batches(model: nn.Module, loader: Iterable[Any], head: HypersphericalHead) -> Iterator[tuple[Any, Tensor]]:
+    """What the model returns for each batch of a loader, and the batch's target on the CPU, checked."""
+    device = head.assignment.device
+    for inputs, target, *_ in loader:
+        target = target.cpu()
+        check_target(target, len(inputs), head.num_classes)
+        yield model(inputs.to(device)), target
+
+
+@torch.no_grad()
+def _feed(
+    model: nn.Module,
+    heads: tuple[HypersphericalHead, ...],
+    loader: Iterable[Any],
+    consume: Consumer,
+    process_group: ProcessGroup | None,
+) -> int:
+    """Give `consume` what the model's heads project, batch by batch; the number of samples."""
     model = unwrapped(model)
     num_samples = 0
-    with captured_features(model, [head.projection for head in heads]) as captured:
-        for inputs, target, *_ in loader:
-            target = target.cpu()
-            check_target(target, len(inputs), heads[0].num_classes)
-            captured.clear()
-            model(inputs.to(device))
+    projections = [head.projection for head in heads]
+    with captured_features(model, projections, process_group=process_group) as captured:
+        for _, target in run_batches(model, loader, heads[0]):
             num_samples += len(target)
             for index, features in captured:
                 consume(index, features, _target_of_rows(target, len(features)))
@@ -53,11 +91,14 @@ def feed_features(
                     f"{type(model).__name__} does not call all of its {len(heads)} heads in eval mode: "
                     "there are no features to fit them to. Pass the model whose forward pass ends in the head."
                 )
+            captured.clear()
     return num_samples
 
 
 @contextmanager
-def captured_features(model: nn.Module, projections: Sequence[nn.Module]) -> Iterator[list[tuple[int, Tensor]]]:
+def captured_features(
+    model: nn.Module, projections: Sequence[nn.Module], *, process_group: ProcessGroup | None = None
+) -> Iterator[list[tuple[int, Tensor]]]:
     """A list that the model's forward passes fill with what reaches each projection, by its number.
 
     In eval mode, and the same model on all ranks: see `evaluating`.
@@ -73,7 +114,7 @@ def captured_features(model: nn.Module, projections: Sequence[nn.Module]) -> Ite
     hooks = [each.register_forward_pre_hook(partial(keep, index)) for index, each in enumerate(projections)]
     try:
         # A compiled model would not see the hooks.
-        with evaluating(model), torch.compiler.set_stance("force_eager"):
+        with evaluating(model, process_group=process_group), torch.compiler.set_stance("force_eager"):
             yield captured
     finally:
         for hook in hooks:
@@ -81,55 +122,16 @@ def captured_features(model: nn.Module, projections: Sequence[nn.Module]) -> Ite
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module, *, process_group: ProcessGroup | None = None) -> Iterator[None]:
     """All modules in eval mode; their modes and the global generator are as they were afterwards.
 
     Under torch.distributed all ranks get rank 0's buffers first, as in a forward pass of DistributedDataParallel: each
     has running statistics of its own since the last one, and would evaluate another model.
     """
-    _share_buffers(model)
+    share_buffers_(model, process_group=process_group)
     # A loader draws its seed from the global generator.
     with eval_mode(model), torch.random.fork_rng(devices=[]):
         yield
-
-
-def add_up_ranks(tensors: list[Tensor], device: torch.device) -> None:
-    """Sum each tensor over the ranks, in place and in one collective; they may lie on another device."""
-    if not _has_ranks():
-        return
-    flat = torch.cat([tensor.flatten() for tensor in tensors]).to(device)
-    dist.all_reduce(flat)
-    for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
-
-
-def add_up_statistics(head: HypersphericalHead, statistics: list[FeatureStatistics], num_samples: int) -> int:
-    """Let each rank have the statistics of all; the number of samples on all ranks.
-
-    Raises:
-        ArgumentError: there are none.
-    """
-    samples = torch.tensor([num_samples], dtype=torch.float64, device="cpu")
-    add_up_ranks([samples, *(tensor for each in statistics for tensor in each.tensors())], head.assignment.device)
-    if float(samples) == 0.0:
-        raise ArgumentError("the loader gave no samples: a head needs data to be fitted to.")
-    return int(samples)
-
-
-def _has_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _share_buffers(model: nn.Module) -> None:
-    """Copy rank 0's buffers to all ranks, but for assigners, whose means are of each rank's own data."""
-    if not _has_ranks():
-        return
-    assigners = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, DynamicAssigner))
-    for name, buffer in model.named_buffers():
-        if not name.startswith(assigners):
-            shared = buffer.contiguous()
-            dist.broadcast(shared, src=0)
-            buffer.copy_(shared)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

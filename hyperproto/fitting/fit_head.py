@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from hyperproto.affine import affine_state, layers_of
-from hyperproto.assigner import check_shared_bank
+from hyperproto.codebook import check_shared_bank
 from hyperproto.fitting.closed_form import match_classes, regress
-from hyperproto.fitting.features import add_up_statistics, feed_features
+from hyperproto.fitting.features import collect
 from hyperproto.fitting.report import HeadFit, report_fit
 from hyperproto.fitting.statistics import FeatureSample, FeatureStatistics
-from hyperproto.functional import solve_assignment
 from hyperproto.head import HypersphericalHead, require_heads
+from hyperproto.matching.solve import solve_assignment
+from hyperproto.ranks import ProcessGroup, check_member
 
 #: Numbers of the features kept to measure the accuracy of the start by: 128 MiB.
 KEPT_NUMBERS = 2**25
@@ -26,7 +27,7 @@ ACCURACY_CHUNK = 4096
 
 
 @torch.no_grad()
-def fit_head(model: nn.Module, loader: Iterable[Any]) -> HeadFit:
+def fit_head(model: nn.Module, loader: Iterable[Any], *, process_group: ProcessGroup | None = None) -> HeadFit:
     r"""Choose assignment and projection in closed form from one pass over the data; in place.
 
     $$
@@ -60,6 +61,7 @@ def fit_head(model: nn.Module, loader: Iterable[Any]) -> HeadFit:
         model: a converted model, bare or wrapped, or a head (whose inputs the batches are then).
         loader: batches whose first two items are inputs and labels (B,) int64 (or soft targets (B, C), whose entries
             weigh the sample for each label). The training data, without augmentation or with it.
+        process_group: the ranks that share out the data; by default all.
 
     Returns:
         What was reached.
@@ -84,26 +86,24 @@ def fit_head(model: nn.Module, loader: Iterable[Any]) -> HeadFit:
         Flexible discriminant analysis by optimal scoring, 1994 (discriminants by regression).
     """
     heads = require_heads(model)
+    check_member(process_group)
     check_shared_bank(heads)
     for head in heads:
         layers_of(head.projection)  # raises for a projection that cannot be set, before the pass over the data
-    statistics = [FeatureStatistics(head.num_classes, head.in_features) for head in heads]
     sample = FeatureSample(max(1, KEPT_NUMBERS // heads[0].in_features), heads[0].in_features)
 
-    def consume(index: int, features: Tensor, target: Tensor) -> None:
-        features = features.cpu()
-        statistics[index].add(features, target)
+    def keep(index: int, features: Tensor, target: Tensor) -> None:
         if index == 0:
-            sample.add(features, target if target.dim() == 1 else target.argmax(dim=1))
+            sample.add(features.cpu(), target if target.dim() == 1 else target.argmax(dim=1))
 
-    num_samples = add_up_statistics(heads[0], statistics, feed_features(model, heads, loader, consume))
+    statistics, num_samples = collect(model, heads, loader, keep, process_group=process_group)
     starts = [_fit(heads[0], statistics[0], None)]
     starts += [_fit(*each, starts[0].assignment) for each in zip(heads[1:], statistics[1:], strict=True)]
     for head, start in zip(heads, starts, strict=True):
         start.write_into(head)
     rows, labels = sample.draw()
     batches = zip(torch.split(rows, ACCURACY_CHUNK), torch.split(labels, ACCURACY_CHUNK), strict=True)
-    return report_fit(heads[0], statistics[0], num_samples, batches)
+    return report_fit(heads[0], statistics[0], num_samples, batches, process_group=process_group)
 
 
 @dataclass(frozen=True)

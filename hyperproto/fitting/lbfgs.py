@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from hyperproto.fitting.features import add_up_ranks
+from hyperproto.ranks import ProcessGroup, add_up_ranks
 
 #: Of features (N, F) and labels (N,), a loss for each (N,).
 SampleLoss = Callable[[Tensor, Tensor], Tensor]
@@ -17,7 +17,13 @@ Batches = list[tuple[Tensor, Tensor]]
 
 
 def minimise(
-    loss: SampleLoss, parameters: list[nn.Parameter], batches: Batches, *, num_classes: int, iterations: int
+    loss: SampleLoss,
+    parameters: list[nn.Parameter],
+    batches: Batches,
+    *,
+    num_classes: int,
+    iterations: int,
+    process_group: ProcessGroup | None = None,
 ) -> None:
     r"""L-BFGS on the mean over classes of the mean over a class's samples; in place.
 
@@ -32,6 +38,7 @@ def minimise(
         batches: all samples of this rank; their sizes matter to memory only.
         num_classes: labels lie below it.
         iterations: at most so many; each costs one or two passes over the samples.
+        process_group: the ranks that share out the samples.
 
     References:
         Liu, Nocedal, On the limited memory BFGS method for large scale optimization, 1989.
@@ -40,7 +47,7 @@ def minimise(
     counts = torch.zeros(num_classes, dtype=torch.int64, device=device)
     for _, labels in batches:
         counts += labels.bincount(minlength=num_classes)
-    add_up_ranks([counts], device)
+    add_up_ranks([counts], device, process_group=process_group)
     weights = 1.0 / (counts * counts.count_nonzero())  # (C,), infinite where there is no sample to weigh
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
@@ -52,7 +59,8 @@ def minimise(
             part = (loss(features, labels) * weights[labels]).sum()
             part.backward()  # type: ignore[no-untyped-call]
             total += part.detach()
-        add_up_ranks([total, *(parameter.grad for parameter in parameters if parameter.grad is not None)], device)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        add_up_ranks([total, *gradients], device, process_group=process_group)
         return total
 
     optimizer = torch.optim.LBFGS(parameters, max_iter=iterations, line_search_fn="strong_wolfe")

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyperproto.fitting.features import add_up_ranks
 from hyperproto.fitting.statistics import FeatureStatistics
 from hyperproto.head import HypersphericalHead
 from hyperproto.modes import eval_mode
+from hyperproto.ranks import ProcessGroup, add_up_ranks
+from hyperproto.targets import is_seen
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,12 @@ class HeadFit:
 
 @torch.no_grad()
 def report_fit(
-    head: HypersphericalHead, statistics: FeatureStatistics, num_samples: int, batches: Iterable[tuple[Tensor, Tensor]]
+    head: HypersphericalHead,
+    statistics: FeatureStatistics,
+    num_samples: int,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    process_group: ProcessGroup | None,
 ) -> HeadFit:
     """Measure a head on features that it was fitted to.
 
@@ -52,9 +58,11 @@ def report_fit(
         statistics: of all features, on all ranks.
         num_samples: likewise.
         batches: features (B, F) and labels (B,) of this rank, to measure the accuracy by.
+        process_group: the ranks that share out the data.
     """
     device = head.assignment.device
-    seen = torch.nonzero(statistics.counts > 0).flatten()
+    is_measured = is_seen(statistics.counts)
+    seen = torch.nonzero(is_measured).flatten()
     means = statistics.sums[seen] / statistics.counts[seen, None]
     correct = torch.zeros(2, dtype=torch.float64, device="cpu")  # and all
     with eval_mode(head):
@@ -62,10 +70,10 @@ def report_fit(
         for rows, labels in batches:
             nearest = head.topk(head.embed(rows.to(device)), k=1)[1][:, 0]
             correct += torch.tensor([float((nearest.cpu() == labels.cpu()).sum()), len(labels)], device="cpu")
-    add_up_ranks([correct], device)
+    add_up_ranks([correct], device, process_group=process_group)
     return HeadFit(
         similarity=float((embedded * head.class_prototypes.cpu()[seen]).sum(dim=1).mean()),
         accuracy=float(correct[0] / correct[1]),
         num_samples=num_samples,
-        unseen=tuple(torch.nonzero(statistics.counts <= 0).flatten().tolist()),
+        unseen=tuple(torch.nonzero(~is_measured).flatten().tolist()),
     )

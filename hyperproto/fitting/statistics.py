@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hyperproto.errors import ArgumentError
+from hyperproto.targets import evidence, is_seen
 
 #: Class means nearer to each other than this share of the features' squared length are one point and its rounding.
 SMALLEST_SPREAD = 1e-12
@@ -40,17 +41,14 @@ class FeatureStatistics:
         self.moment = torch.zeros(width, width, dtype=torch.float64, device="cpu")
 
     def add(self, rows: Tensor, target: Tensor) -> None:
-        """Count features (N, F) of labels (N,) or soft targets (N, C), whose entries weigh the sample for each label.
-
-        Both on the CPU.
-        """
+        """Count features (N, F) of labels (N,) or soft targets (N, C), by the `evidence` in them; both on the CPU."""
         rows = rows.double()
         if target.dim() == 1:
             self.counts += torch.bincount(target, minlength=len(self.counts))
             self.sums.index_add_(0, target, rows)
             self.moment.addmm_(rows.T, rows)
         else:
-            weights = target.double()
+            weights = evidence(target).double()
             self.counts += weights.sum(dim=0)
             self.sums.addmm_(weights.T, rows)
             self.moment.addmm_(rows.T, weights.sum(dim=1, keepdim=True) * rows)
@@ -70,7 +68,7 @@ class FeatureStatistics:
                 "the features that reach the head are not all finite; the head is unchanged. "
                 "Find the cause (weights, half precision) first."
             )
-        labels = torch.nonzero(self.counts > 0).flatten()
+        labels = torch.nonzero(is_seen(self.counts)).flatten()
         num_samples = self.counts.sum()
         means = self.sums[labels] / self.counts[labels, None]  # (S, F)
         sample_mean, moment = self.sums.sum(dim=0) / num_samples, self.moment / num_samples

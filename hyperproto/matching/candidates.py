@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hyperproto.matching.problem import FloatArray, IntArray, Problem
 from hyperproto.precision import full_precision
-
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 
 #: Prototypes listed for each label. More make more pairs to solve over, fewer leave more labels to scan again.
 PAIRS_PER_LABEL = 24
@@ -28,81 +24,6 @@ CHUNK_ROWS = 512
 
 #: Number of blocks, at least, whose maxima are ranked in place of all the entries of a row.
 NUM_BLOCKS = 512
-
-
-#: Similarities and prices are rounded to multiples of this, so that sums and differences of them are exact in float64
-#: and ties are ties. Differences of 1e-16 in their place would make scipy's solver bid them up one by one, for ever.
-GRID = 2.0**-32
-
-
-def on_grid(values: FloatArray) -> FloatArray:
-    """Nearest multiples of `GRID`.
-
-    Examples:
-        >>> bool(on_grid(np.array([0.1]))[0] * 2**32 % 1)
-        False
-    """
-    rounded: FloatArray = np.round(values / GRID) * GRID
-    return rounded
-
-
-def pair_cosines(means: Tensor, prototypes: Tensor, labels: Tensor, columns: Tensor) -> Tensor:
-    r"""Inner products $\langle m_i, w_j \rangle$ of some pairs, in float64.
-
-    Args:
-        means: (C, D).
-        prototypes: (P, D).
-        labels: (N,) int64, the i.
-        columns: (N,) int64, the j.
-
-    Returns:
-        (N,) float64.
-
-    Examples:
-        >>> pair_cosines(torch.eye(3), torch.eye(3), torch.tensor([0, 1]), torch.tensor([0, 2])).tolist()
-        [1.0, 0.0]
-    """
-    pieces = [
-        torch.linalg.vecdot(means[i].double(), prototypes[j].double())
-        for i, j in zip(torch.split(labels, 1024), torch.split(columns, 1024), strict=True)
-    ]
-    return torch.cat(pieces) if pieces else means.new_zeros(0, dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class Problem:
-    r"""Similarities $S_{ij} = a_i \langle m_i, w_j \rangle$ of C labels to P >= C prototypes, by their factors.
-
-    Attributes:
-        means: (C, D) float32 rows of length 1 on the CPU.
-        prototypes: (P, D) float32 rows of length 1 on the CPU.
-        weights: (C,) float64 in (0, 1], the a.
-        current: (C,) prototypes in force.
-        occupied: (P,) bool, prototypes that labels outside this problem hold; free ones are taken first in a tie.
-    """
-
-    means: Tensor
-    prototypes: Tensor
-    weights: Tensor
-    current: IntArray
-    occupied: npt.NDArray[np.bool_]
-
-    @property
-    def rounding(self) -> float:
-        """Largest possible error of a cosine less a price in `Candidates.scan`: D products and sums of float32."""
-        # "high" and "medium" let matrix products round their inputs to as little as eight bits.
-        reduced = torch.get_float32_matmul_precision() != "highest"
-        return (self.means.shape[1] + 4) * 2.0**-24 + (2.0**-8 if reduced else 0.0)
-
-    def scaled_means(self, labels: Tensor) -> Tensor:
-        """Rows a_i m_i of some labels, float32."""
-        return self.means[labels] * self.weights[labels, None].float()
-
-    def similarities(self, rows: IntArray, columns: IntArray) -> FloatArray:
-        """Similarities of pairs in float64, on the grid."""
-        labels = torch.from_numpy(rows)
-        cosines = pair_cosines(self.means, self.prototypes, labels, torch.from_numpy(columns))
-        return on_grid((cosines * self.weights[labels]).numpy())
 
 
 class Candidates:

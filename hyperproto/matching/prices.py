@@ -17,7 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hyperproto.matching.candidates import Candidates, FloatArray, IntArray, Problem, on_grid
+from hyperproto.matching.candidates import Candidates
+from hyperproto.matching.problem import FloatArray, IntArray, Problem, on_grid
 
 #: Labels held out to tell whether prices learnt from a sample of the labels are of any use to the others.
 HELD_OUT = 256

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from hyperproto.errors import AssignmentError, ShapeError
-from hyperproto.geometry import normalise
 from hyperproto.matching.dense import solve_dense
-from hyperproto.matching.sparse import solve_sparse
+from hyperproto.matching.solve import solve_assignment
 from hyperproto.matching.swaps import swap_to_agree
 
 #: A matching that gains less than this share of the similarity gains float64 rounding.
@@ -112,7 +111,7 @@ def _match(vectors: Tensor, prototypes: Tensor, current: Tensor) -> Tensor:
     if len(vectors) <= MOST_SWAPPED:
         return solve_dense(vectors @ prototypes.T, current)
     weights = vectors.norm(dim=1)
-    return solve_sparse(normalise(vectors), normalise(prototypes), current, weights=weights).assignment
+    return solve_assignment(vectors, prototypes, current=current, weights=weights, method="sparse").assignment
 
 
 def _procrustes(vectors: Tensor, targets: Tensor) -> tuple[Tensor, float]:

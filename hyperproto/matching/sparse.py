@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hyperproto.matching.candidates import GRID, Candidates, FloatArray, IntArray, Problem, on_grid
+from hyperproto.matching.candidates import Candidates
 from hyperproto.matching.prices import exact_prices, first_prices, smooth_prices
+from hyperproto.matching.problem import GRID, FloatArray, IntArray, Problem, on_grid, place_unseen
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -214,16 +215,3 @@ def _activate_better(candidates: Candidates, added: IntArray, profits: FloatArra
     close = added[candidates.reduced_costs(profits, prices)[added] > -candidates.problem.rounding]
     candidates.activate(close)
     return int((candidates.reduced_costs(profits, prices)[close] > TIGHT).sum())
-
-
-def place_unseen(current: Tensor, seen: Tensor, matched: Tensor, num_prototypes: int) -> Tensor:
-    """The whole assignment: labels without a mean stay, or take what is free if a seen label took their prototype."""
-    assignment = current.clone()
-    assignment[seen] = matched
-    taken = torch.zeros(num_prototypes, dtype=torch.bool, device="cpu")
-    taken[matched] = True
-    displaced = taken[current]
-    displaced[seen] = False
-    taken[assignment[~displaced]] = True
-    assignment[displaced] = torch.nonzero(~taken).flatten()[: int(displaced.sum())]
-    return assignment

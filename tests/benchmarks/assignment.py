@@ -30,7 +30,7 @@ def problem(shape, num_classes, dim):
     """Class means and prototypes: random unit prototypes, and means as an early, a middle or a late epoch has them."""
     import torch
 
-    from hyperproto.geometry import normalise
+    from hyperproto.sphere import normalise
 
     generator = torch.Generator().manual_seed(0)
 
@@ -64,7 +64,7 @@ def run_sparse(shape, num_classes, dim, device):
     import torch
 
     from hyperproto.functional import solve_assignment
-    from hyperproto.geometry import normalise
+    from hyperproto.sphere import normalise
 
     means, prototypes = (rows.to(device) for rows in problem(shape, num_classes, dim))
     solve_assignment(means[:200], prototypes[:200], method="sparse")  # loads scipy
@@ -97,7 +97,7 @@ def cosines(means, prototypes):
 def run_dense(shape, num_classes, dim):
     from scipy.optimize import linear_sum_assignment
 
-    from hyperproto.geometry import normalise
+    from hyperproto.sphere import normalise
 
     means, prototypes = problem(shape, num_classes, dim)
     linear_sum_assignment([[0.0]])

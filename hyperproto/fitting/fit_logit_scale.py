@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyperproto.errors import ArgumentError, ShapeError
-from hyperproto.fitting.features import add_up_ranks, evaluating, unwrapped
+from hyperproto.errors import ArgumentError
+from hyperproto.fitting.features import evaluating, run_batches, unwrapped
 from hyperproto.head import HypersphericalHead, require_heads
-from hyperproto.targets import check_target
+from hyperproto.ranks import ProcessGroup, add_up_ranks, check_member
 
 #: Scales between which the best one is looked for.
 SCALE_BOUNDS = (1e-2, 1e4)
 
 
-def fit_logit_scale(model: nn.Module, loader: Iterable[Any]) -> float:
+def fit_logit_scale(model: nn.Module, loader: Iterable[Any], *, process_group: ProcessGroup | None = None) -> float:
     r"""Scale s that minimises the negative log-likelihood of held-out data; set on the model's heads in place.
 
     $$ s = \arg\min_s \; -\frac1N \sum_b \log \operatorname{softmax}(s \, \cos_b)_{y_b} $$
@@ -32,6 +32,7 @@ def fit_logit_scale(model: nn.Module, loader: Iterable[Any]) -> float:
     Args:
         model: a converted model, bare or wrapped, or a head.
         loader: batches whose first two items are inputs and labels (N,) int64 (or soft targets).
+        process_group: the ranks that share out the data; by default all.
 
     Returns:
         s, within [1e-2, 1e4].
@@ -53,13 +54,14 @@ def fit_logit_scale(model: nn.Module, loader: Iterable[Any]) -> float:
     from scipy.optimize import minimize_scalar
 
     heads = require_heads(model)
+    check_member(process_group)
     device = heads[0].assignment.device
-    cosines, target = _collect_cosines(unwrapped(model), heads[0], loader)
+    cosines, target = _collect_cosines(unwrapped(model), heads[0], loader, process_group)
 
     def negative_log_likelihood(log_scale: float) -> float:
-        loss = F.cross_entropy(math.exp(log_scale) * cosines, target, reduction="sum") if len(cosines) else 0.0
-        total = torch.tensor([loss], dtype=torch.float64, device="cpu")
-        add_up_ranks([total], device)
+        loss = F.cross_entropy(math.exp(log_scale) * cosines, target, reduction="sum")
+        total = loss.reshape(1)
+        add_up_ranks([total], device, process_group=process_group)
         return float(total)
 
     bounds = tuple(math.log(bound) for bound in SCALE_BOUNDS)
@@ -70,22 +72,18 @@ def fit_logit_scale(model: nn.Module, loader: Iterable[Any]) -> float:
 
 
 @torch.no_grad()
-def _collect_cosines(model: nn.Module, head: HypersphericalHead, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
+def _collect_cosines(
+    model: nn.Module, head: HypersphericalHead, loader: Iterable[Any], process_group: ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
     """(N, C) cosines and the targets of a whole loader, on the CPU; N may be 0 on ranks that have none."""
-    device = head.assignment.device
     cosines, targets = [torch.zeros(0, head.num_classes, device="cpu")], []
-    with evaluating(model):
-        for images, target, *_ in loader:
-            output = model(images.to(device))
-            if not isinstance(output, Tensor) or output.dim() != 2:
-                got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-                raise ShapeError(f"expected the model to return logits (B, C) in eval mode, got {got}.")
-            check_target(target, len(output), head.num_classes)
-            cosines.append((output.float() / head.logit_scale).cpu())
-            targets.append(target.cpu())
+    with evaluating(model, process_group=process_group):
+        for output, target in run_batches(model, loader, head):
+            cosines.append(head.read(output).cosines().cpu())
+            targets.append(target)
     gathered = torch.cat(cosines).double()
     checks = torch.tensor([len(gathered), (~torch.isfinite(gathered)).sum()], dtype=torch.float64, device="cpu")
-    add_up_ranks([checks], device)
+    add_up_ranks([checks], head.assignment.device, process_group=process_group)
     num_samples, num_wrong = checks.tolist()
     if not num_samples:
         raise ArgumentError("the loader gave no samples: the scale needs held-out data to be fitted on.")

@@ -1,0 +1,137 @@
+"""What a model returned, told once: logits or embeddings, and what the losses and class means want of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hyperproto.errors import ShapeError
+from hyperproto.precision import full_precision
+from hyperproto.sphere import assigned_cosines
+
+#: Singular values below this share of the largest are rounding of float32.
+SMALLEST_SPANNING = 1e-5
+
+#: A sample of rows spans the space well enough if what each anchor adds to those before it is at least this long.
+SMALLEST_PIVOT = 0.05
+
+
+class Readout:
+    """An output (B, C) or (B, D) of a head whose kind is known, beside what the head was at that moment.
+
+    Args:
+        output: logits (B, C), or embeddings (B, D).
+        is_embedding: which of the two.
+        prototypes: (P, D).
+        assignment: (C,) int64.
+        logit_scale: () float32.
+        anchors: (A,) int64 rows of the bank, or None where embeddings cannot be recovered from logits.
+        anchor_inverse: (A, D) float32, likewise.
+    """
+
+    def __init__(
+        self,
+        output: Tensor,
+        is_embedding: bool,
+        prototypes: Tensor,
+        assignment: Tensor,
+        logit_scale: Tensor,
+        anchors: Tensor | None,
+        anchor_inverse: Tensor | None,
+    ) -> None:
+        self.output = output
+        self.is_embedding = is_embedding
+        self.prototypes = prototypes
+        self.assignment = assignment
+        self.logit_scale = logit_scale
+        self.anchors = anchors
+        self.anchor_inverse = anchor_inverse
+
+    def embeddings(self) -> Tensor:
+        """(B, D) float32: themselves, or recovered from logits; see `HypersphericalHead.recover_embeddings`.
+
+        Raises:
+            ShapeError: logits of a head that does not keep what recovering takes.
+        """
+        if self.is_embedding:
+            return self.output.float()
+        logits = self.output
+        if self.anchors is None or self.anchor_inverse is None:
+            raise ShapeError(
+                'a head with training_output="embedding" expects embeddings of shape '
+                f"(B, {self.prototypes.shape[1]}), got logits of shape {tuple(logits.shape)}. Pass what the model "
+                "returns in train mode, or head.embed(features)."
+            )
+        labels = torch.arange(len(self.assignment), device=logits.device)
+        label_of = self.assignment.new_zeros(len(self.prototypes)).index_copy(0, self.assignment, labels)  # (P,)
+        with full_precision(logits.device):
+            cosines = logits.gather(1, label_of[self.anchors].expand(len(logits), -1)).float() / self.logit_scale
+            return cosines @ self.anchor_inverse  # (B, A), (A, D) -> (B, D)
+
+    def cosines(self) -> Tensor:
+        """(B, C) float32 with all labels' prototypes; O(B C D) from embeddings."""
+        if self.is_embedding:
+            return assigned_cosines(self.output, self.prototypes, self.assignment)
+        return self.output.float() / self.logit_scale
+
+    def own_cosines(self, labels: Tensor) -> Tensor:
+        """(B, 1) float32 with the prototype of each sample's own label (B,); O(B D) or, from logits, O(B)."""
+        if self.is_embedding:
+            # Not by indexing, which would count a label of -1 from the end.
+            own_prototypes = self.prototypes[self.assignment.gather(0, labels)]
+            return (self.output.float() * own_prototypes).sum(dim=1, keepdim=True)
+        return self.output.gather(1, labels[:, None]).float() / self.logit_scale
+
+
+def choose_anchors(prototypes: Tensor, assignment: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Rows of the bank from whose cosines embeddings are recovered, and how.
+
+    $$ z = \text{cosines}_a \; (W_a^\top)^{+} $$
+
+    with min(C, D) assigned prototypes W_a that span what all of them span.
+
+    Args:
+        prototypes: (P, D) on the CPU.
+        assignment: (C,) int64 on the CPU.
+
+    Returns:
+        Anchors (A,) int64, and the pseudo-inverse (A, D) float64.
+    """
+    # Sorted, so that the choice depends on which prototypes are assigned and not to whom.
+    assigned = assignment.sort().values
+    rows = prototypes[assigned]  # (C, D)
+    chosen = spanning_rows(rows)
+    frame = rows[chosen].double()  # (A, D)
+    return assigned[chosen], torch.linalg.pinv(frame.T, rtol=SMALLEST_SPANNING)
+
+
+def spanning_rows(rows: Tensor) -> Tensor:
+    r"""Indices of min(N, D) rows that span what all rows span, as far from dependent as a greedy choice gets.
+
+    Each row chosen is the one with the longest part orthogonal to those before it: QR with column pivoting of the
+    transpose. Of many rows a random sample of 2 D is looked at first, and all of them only if that does not do.
+
+    Args:
+        rows: (N, D) unit rows on the CPU.
+
+    Returns:
+        (min(N, D),) int64.
+
+    Examples:
+        >>> spanning_rows(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]])).tolist()
+        [0, 2]
+
+    References:
+        Businger, Golub, Linear least squares solutions by Householder transformations, 1965.
+    """
+    from scipy.linalg import qr
+
+    num_rows, dim = rows.shape
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    sample = torch.randperm(num_rows, generator=generator, device="cpu")[: 2 * dim].sort().values
+    count = min(num_rows, dim)
+    while True:
+        triangle, order = qr(rows[sample].double().T.numpy(), mode="r", pivoting=True, overwrite_a=True)
+        if len(sample) == num_rows or abs(triangle[count - 1, count - 1]) >= SMALLEST_PIVOT:
+            return sample[torch.from_numpy(order[:count]).long()]
+        sample = torch.arange(num_rows, device="cpu")

@@ -1,0 +1,108 @@
+"""How well prototypes are separated: the report of a bank, and the temperature that follows from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hyperproto.bounds import cosine_lower_bound
+from hyperproto.constructions.code import choose_code
+from hyperproto.sphere import largest_cosines, sampled_largest_cosines
+
+#: Up to here `report` compares every pair, in blocks; the time for that grows with P^2 D.
+MOST_COMPARED_PROTOTYPES = 50_000
+#: Beyond, prototypes that are compared with all the others.
+SAMPLED_PROTOTYPES = 1024
+
+#: A sample exactly on its prototype gets about this probability under the default logit scale.
+PLACED_PROBABILITY = 0.99
+
+
+@dataclass(frozen=True)
+class BankReport:
+    """How well a bank's prototypes are separated, beside what is possible.
+
+    Attributes:
+        max_cosine: the largest cosine between two prototypes; the smaller, the better.
+        mean_max_cosine: mean over prototypes of the largest cosine to another.
+        min_angle_deg: the angle of the nearest pair, in degrees.
+        lower_bound: no bank of this size has a smaller `max_cosine`.
+        bound_name: "rankin" (attained) or "levenshtein" (rarely attained).
+        gap: `max_cosine` - `lower_bound`.
+        mean_norm: length of the mean prototype; 0 if the bank favours no direction.
+        source: where the cosines come from: "all pairs", the code's "weight distribution" (an upper bound where the
+            code was shortened), or "sample" (of 1024 prototypes against all: the true maximum may be larger).
+    """
+
+    max_cosine: float
+    mean_max_cosine: float
+    min_angle_deg: float
+    lower_bound: float
+    bound_name: str
+    gap: float
+    mean_norm: float
+    source: str
+
+    def __str__(self) -> str:
+        return (
+            f"largest cosine {self.max_cosine:.4f} (nearest pair {self.min_angle_deg:.1f} degrees apart), "
+            f"lower bound {self.lower_bound:.4f} ({self.bound_name}), gap {self.gap:.4f}; "
+            f"mean over rows {self.mean_max_cosine:.4f}; length of the mean {self.mean_norm:.4f} "
+            f"(from {self.source})"
+        )
+
+
+@torch.no_grad()
+def report_separation(prototypes: Tensor, method: str) -> BankReport:
+    """The report of prototypes (P, D) that were made by a method of `PrototypeBank`; see `PrototypeBank.report`."""
+    max_cosine, mean_max_cosine, source = _largest_cosines(prototypes, method)
+    lower_bound, bound_name = cosine_lower_bound(*prototypes.shape)
+    return BankReport(
+        max_cosine=max_cosine,
+        mean_max_cosine=mean_max_cosine,
+        min_angle_deg=math.degrees(math.acos(max_cosine)),
+        lower_bound=lower_bound,
+        bound_name=bound_name,
+        gap=max_cosine - lower_bound,
+        mean_norm=float(prototypes.mean(dim=0).norm()),
+        source=source,
+    )
+
+
+def default_logit_scale(prototypes: Tensor, num_classes: int) -> float:
+    r"""The scale at which a sample exactly on its prototype gets a probability of about 0.99.
+
+    $$ s = \frac{\log\left((C - 1) \, p / (1 - p)\right)}{1 - \rho}, \qquad p = 0.99 $$
+
+    With every other cosine at rho this is the softmax solved for s. rho is the mean over prototypes of the largest
+    cosine to another (exact for a simplex; elsewhere most cosines are smaller, so that the probability is larger).
+    Overlapping prototypes would ask for any scale at all: 1 - rho counts as at least 0.05.
+
+    Args:
+        prototypes: (P, D) unit rows; without values (on the device "meta") they count as orthogonal.
+        num_classes: C, at least 2.
+
+    Examples:
+        >>> corners = torch.eye(100) - 0.01  # of a regular simplex
+        >>> round(default_logit_scale(corners / corners.norm(dim=1, keepdim=True), 100), 2)
+        9.1
+    """
+    # A few hundred rows tell the mean; the cost must not grow with the square of a bank of a million.
+    rho = 0.0 if prototypes.is_meta else float(sampled_largest_cosines(prototypes, 256).mean())
+    odds = PLACED_PROBABILITY / (1.0 - PLACED_PROBABILITY)
+    return math.log((num_classes - 1) * odds) / max(1.0 - rho, 0.05)
+
+
+def _largest_cosines(prototypes: Tensor, method: str) -> tuple[float, float, str]:
+    """Largest cosine, mean over rows of the largest cosine, and where both come from."""
+    if len(prototypes) <= MOST_COMPARED_PROTOTYPES:
+        row_maxima, source = largest_cosines(prototypes), "all pairs"
+    elif method == "code":
+        cosine = choose_code(*prototypes.shape).largest_cosine
+        return cosine, cosine, "weight distribution"
+    else:
+        row_maxima, source = sampled_largest_cosines(prototypes, SAMPLED_PROTOTYPES), "sample"
+    return min(1.0, max(-1.0, float(row_maxima.max()))), float(row_maxima.mean()), source

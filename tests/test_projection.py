@@ -1,0 +1,46 @@
+"""The projection: where it starts, and its batch norm."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from hyperproto import HypersphericalHead, convert_model, to_linear
+
+
+@pytest.mark.parametrize("projection", ["linear", "linear+bn"])
+def test_the_linear_map_starts_as_that_of_torch(projection):
+    head = HypersphericalHead(64, 600, dim=512, bank="random", projection=projection)
+    weight = (head.projection if projection == "linear" else head.projection[0]).weight.detach()
+    bound = 1.0 / math.sqrt(64)
+    # Of 32768 draws, uniform in +-bound: four standard errors.
+    assert abs(float(weight.mean())) < 4 * bound / math.sqrt(3 * weight.numel())
+    assert float(weight.square().mean()) == pytest.approx(bound**2 / 3, rel=4 * math.sqrt(0.8 / weight.numel()))
+    assert 0.99 * bound < float(weight.max()) <= bound
+    assert -bound <= float(weight.min()) < -0.99 * bound
+    torch.testing.assert_close(weight.std(), nn.Linear(64, 512).weight.detach().std(), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("momentum", [0.3, 0.01, None])
+def test_running_statistics_follow_the_momentum_of_batch_norm(momentum):
+    head = HypersphericalHead(6, 5, dim=4, projection="linear+bn")
+    head.projection[1].momentum = momentum
+    reference = nn.BatchNorm1d(4, momentum=momentum)
+    for _ in range(3):
+        features = torch.randn(16, 6)
+        head(features)
+        reference(head.projection[0](features))
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        torch.testing.assert_close(getattr(head.projection[1], name), getattr(reference, name))
+
+
+def test_folding_knows_the_epsilon_of_batch_norm():
+    model = convert_model(nn.Sequential(nn.Linear(6, 8)), dim=4, classifier="0")
+    batch_norm = model[0].projection[1]
+    batch_norm.running_var.copy_(torch.tensor([1e-5, 1e-6, 1.0, 1e-5]))  # eps is 1e-5
+    batch_norm.running_mean.normal_()
+    features, head = torch.randn(50, 6), model.eval()[0]
+    # The head without the division by the length of what is projected.
+    expected = head.logit_scale * head.projection(features) @ head.class_prototypes.T
+    torch.testing.assert_close(to_linear(model)(features), expected, rtol=1e-4, atol=1e-4)
