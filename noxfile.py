@@ -22,20 +22,13 @@ OLDEST = ("torch==2.6.0", "torchvision==0.21.0", "timm==1.0.15", "scipy==1.11.4"
 #: Where the slow tests, the site's among them, and what looks at the source alone run: once is enough.
 THOROUGH = "3.13"
 
-#: The files of the wheel beside its metadata, and those that the sdist has besides.
-WHEEL = ("hyperproto/**/*.py", "hyperproto/py.typed")
+#: The files of the library, and those that the sdist has besides: patterns, and names that must be there.
+LIBRARY = ("hyperproto/**/*.py", "hyperproto/py.typed")
 SDIST = (
-    *("tests/**/*.py", "tests/data/*.pt", "examples/*.py", "experiments/*.py", "experiments/results/*.jsonl"),
-    *(
-        "docs/**/*.md",
-        "docs/images/*.png",
-        "docs/mathjax/*",
-        "docs/*.css",
-        "mkdocs.yml",
-        "noxfile.py",
-        "pyproject.toml",
-    ),
-    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", ".gitignore"),
+    *("tests/**/*.py", "tests/data/checkpoint_0.1.0.pt"),
+    *("examples/*.py", "experiments/*.py", "experiments/results/*.jsonl"),
+    *("docs/**/*.md", "docs/images/*.png", "docs/mathjax/*", "docs/*.css", "mkdocs.yml"),
+    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "noxfile.py", "pyproject.toml", ".gitignore"),
 )
 METADATA = ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")
 
@@ -115,12 +108,14 @@ def environment(session: nox.Session, *requirements: str) -> Iterator[None]:
 
 @contextmanager
 def part(session: nox.Session, what: str) -> Iterator[None]:
+    """Says how long a part of the session took."""
     start = time.monotonic()
     yield
     session.log(f"{session.name}, {what}: {time.monotonic() - start:.0f} s")
 
 
 def fast_suite(session: nox.Session) -> None:
+    """Everything but the slow tests; then a line that says how many were skipped, and why."""
     session.run("python", "-c", VERSIONS)
     report = Path(session.create_tmp(), "report.xml")
     with part(session, "tests and doctests"):
@@ -131,6 +126,7 @@ def fast_suite(session: nox.Session) -> None:
 
 
 def folder_of_distributions(session: nox.Session) -> Path:
+    """What `dist` leaves for `wheel`."""
     return session.cache_dir / "distributions"
 
 
@@ -138,18 +134,22 @@ def check_contents(session: nox.Session, built: Path) -> None:
     """Compare what was packed with what the lists above say."""
     [wheel_file], [sdist_file] = built.glob("*.whl"), built.glob("*.tar.gz")
     name = sdist_file.name.removesuffix(".tar.gz")
-    library = {path.relative_to(ROOT).as_posix() for pattern in WHEEL for path in ROOT.glob(pattern)}
-    more = {path.relative_to(ROOT).as_posix() for pattern in SDIST for path in ROOT.glob(pattern)}
     with zipfile.ZipFile(wheel_file) as packed:
-        compare(
-            session, wheel_file, set(packed.namelist()), library | {f"{name}.dist-info/{file}" for file in METADATA}
-        )
+        metadata = {f"{name}.dist-info/{file}" for file in METADATA}
+        compare(session, wheel_file, set(packed.namelist()), named(LIBRARY) | metadata)
     with tarfile.open(sdist_file) as packed:
         files = {member.name.removeprefix(f"{name}/") for member in packed if member.isfile()}
-        compare(session, sdist_file, files, library | more | {"PKG-INFO"})
+        compare(session, sdist_file, files, named(LIBRARY) | named(SDIST) | {"PKG-INFO"})
+
+
+def named(patterns: tuple[str, ...]) -> set[str]:
+    """The files of the tree that match a pattern, and the names that are none whether they are there or not."""
+    found = {path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern)}
+    return found | {pattern for pattern in patterns if "*" not in pattern}
 
 
 def compare(session: nox.Session, path: Path, files: set[str], expected: set[str]) -> None:
+    """Fail where a distribution holds other files than expected."""
     if files != expected:
         session.error(f"{path.name}: unexpected {sorted(files - expected)}, missing {sorted(expected - files)}")
     session.log(f"{path.name}: {len(files)} files, as expected")

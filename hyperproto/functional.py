@@ -14,7 +14,7 @@ from torch import Tensor
 from hyperproto.errors import ArgumentError, ShapeError
 from hyperproto.matching.solve import AssignmentSolution, solve_assignment
 from hyperproto.sphere import hyperspherical_energy
-from hyperproto.targets import check_target, count_own_label, is_seen
+from hyperproto.targets import check_target, count_own_label, is_seen, to_look_up
 
 __all__ = [
     "AssignmentSolution",
@@ -143,9 +143,9 @@ def scaled_cross_entropy(
     cosines: Tensor, target: Tensor, *, scale: float, label_smoothing: float, reduction: Reduction
 ) -> Tensor:
     """`prototype_cross_entropy` of what has been checked."""
-    soft = target if target.dim() == 1 else target.float()
+    target = to_look_up(target, cosines.shape[1]) if target.dim() == 1 else target.float()
     losses = F.cross_entropy(
-        scale * cosines.float(), soft, reduction="none", label_smoothing=label_smoothing, ignore_index=NO_LABEL
+        scale * cosines.float(), target, reduction="none", label_smoothing=label_smoothing, ignore_index=NO_LABEL
     )
     return _reduce(losses, reduction)
 
@@ -240,7 +240,9 @@ def _check_cosines(cosines: Tensor, target: Tensor) -> None:
 
 def _at_labels(values: Tensor, target: Tensor) -> Tensor:
     """(B, C) or (1, C) values -> (B, 1), those of each sample's label; all of them for soft targets."""
-    return values.expand(len(target), -1).gather(1, target[:, None]) if target.dim() == 1 else values
+    if target.dim() == 2:
+        return values
+    return values.expand(len(target), -1).gather(1, to_look_up(target, values.shape[1])[:, None])
 
 
 def _reduce(losses: Tensor, reduction: Reduction) -> Tensor:

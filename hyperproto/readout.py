@@ -8,6 +8,7 @@ from torch import Tensor
 from hyperproto.errors import ShapeError
 from hyperproto.precision import full_precision
 from hyperproto.sphere import assigned_cosines
+from hyperproto.targets import to_look_up
 
 #: Singular values below this share of the largest are rounding of float32.
 SMALLEST_SPANNING = 1e-5
@@ -76,6 +77,7 @@ class Readout:
 
     def own_cosines(self, labels: Tensor) -> Tensor:
         """(B, 1) float32 with the prototype of each sample's own label (B,); O(B D) or, from logits, O(B)."""
+        labels = to_look_up(labels, len(self.assignment))
         if self.is_embedding:
             # Not by indexing, which would count a label of -1 from the end.
             own_prototypes = self.prototypes[self.assignment.gather(0, labels)]

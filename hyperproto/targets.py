@@ -63,6 +63,18 @@ def _can_be_looked_at(target: Tensor) -> bool:
     return target.device.type == "cpu" and target.numel() > 0 and not torch.compiler.is_compiling()
 
 
+def to_look_up(labels: Tensor, num_classes: int) -> Tensor:
+    """The labels (B,) themselves; in compiled code a negative one is made one too many, which any look-up refuses.
+
+    The inductor of torch 2.11 and before takes negative ones from the end without a word.
+
+    Examples:
+        >>> to_look_up(torch.tensor([2, 0]), 3).tolist()
+        [2, 0]
+    """
+    return torch.where(labels < 0, num_classes, labels) if torch.compiler.is_compiling() else labels
+
+
 def is_seen(counts: Tensor) -> Tensor:
     """Whether there is evidence of a label: half a sample or more, of which counts (...) tell the summed weights.
 
