@@ -32,6 +32,7 @@ from hyperproto.testing.properties.side_effects import (
 )
 from hyperproto.testing.properties.values import (
     follows_the_assignment,
+    is_continuous_in_soft_targets,
     is_finite_and_not_negative,
     is_linear_in_soft_targets,
     is_zero_under_an_empty_batch,
@@ -60,6 +61,7 @@ PROPERTIES: tuple[Callable[[Subject], None], ...] = (
     pulls_to_the_own_prototype,
     follows_the_assignment,
     is_linear_in_soft_targets,
+    is_continuous_in_soft_targets,
     is_turned_with_the_head,
     depends_on_no_logit_scale,
     feeds_its_assigner_once,

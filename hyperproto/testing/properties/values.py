@@ -67,6 +67,20 @@ def is_linear_in_soft_targets(subject: Subject) -> None:
             require(straight, f"the loss is not linear in soft targets: {share} of one and {1 - share:.3g} of another")
 
 
+def is_continuous_in_soft_targets(subject: Subject) -> None:
+    """A vanishing weight of a label that no sample of the batch has makes a vanishing difference."""
+    batch = subject.imbalanced()
+    absent = subject.classes[-1]
+    batch = batch[batch.labels != absent]
+    target = subject.one_hot(batch.labels)
+    sliver = target.clone()
+    sliver[:, absent] = 1e-6
+    before = subject.total_and_gradient(batch.embeddings, target)
+    after = subject.total_and_gradient(batch.embeddings, sliver)
+    agree = is_close(before[0], after[0]) and is_close(before[1], after[1])
+    require(agree, "the loss jumps where a label that the batch does not have gets a weight of 1e-6")
+
+
 def pulls_to_the_own_prototype(subject: Subject) -> None:
     """An embedding on a prototype costs least under the label of that prototype."""
     labels = subject.classes
