@@ -241,8 +241,9 @@ def _check_writable(projection: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def _holds(layer: nn.Module, name: str) -> bool:
-    """Whether a layer has a parameter of this name that nothing computes."""
-    return type(layer._parameters.get(name)) is nn.Parameter
+    """Whether a layer has a parameter of this name that nothing computes: no quantised or sharded tensor, either."""
+    parameter = layer._parameters.get(name)
+    return parameter is not None and not hasattr(parameter, "__tensor_flatten__")
 
 
 def _kinds(projection: nn.Module) -> str:
