@@ -43,6 +43,7 @@ from _data import (
     select,
     split_holdout,
 )
+from _softmax import Batches, FreeClassVectors, compressed_softmax, fit_softmax, head_features
 from scipy.optimize import minimize_scalar
 from timm.data import Mixup, create_loader, resolve_data_config
 from timm.optim import param_groups_weight_decay
@@ -53,12 +54,6 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from tqdm import tqdm
 
 import hyperproto
-from hyperproto.affine import affine
-from hyperproto.fitting.components import principal_components
-from hyperproto.fitting.features import captured_features
-from hyperproto.fitting.lbfgs import Batches, minimise
-from hyperproto.fitting.statistics import FeatureStatistics
-from hyperproto.ranks import add_up_ranks
 
 #: Published settings; flags given on the command line override them, and docs/training.md says where we differ. The
 #: defaults are the recipe of docs/results.md.
@@ -318,29 +313,6 @@ def seed_everything(*entropy: int) -> None:
 # ---- model ----------------------------------------------------------------------------------------------------------
 
 
-class FreeClassVectors(nn.Module):
-    """Class vectors that train, behind a projection like that of a hyperspherical head: softmax with a bottleneck."""
-
-    def __init__(self, in_features: int, num_classes: int, dim: int, projection: str, seed: int) -> None:
-        super().__init__()
-        like = hyperproto.HypersphericalHead(
-            in_features, num_classes, dim=dim, bank="random", projection=projection, seed=seed
-        )
-        self.in_features = in_features
-        self.projection = like.projection
-        self.vectors = nn.Linear(dim, num_classes)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, in_features) -> (B, C), or pooled maps (B, in_features, 1, 1) -> (B, C, 1, 1)."""
-        logits = self.vectors(self.projection(features.flatten(1)))
-        return logits.view(*logits.shape, *features.shape[2:])
-
-
-def free_class_vectors(args: argparse.Namespace, in_features: int, dim: int, index: int) -> FreeClassVectors:
-    """Those of the model's classifier number `index`."""
-    return FreeClassVectors(in_features, args.num_classes, dim, args.projection, args.seed + index)
-
-
 def load_bank(bank: str | Path) -> str | hyperproto.PrototypeBank:
     """What hyperproto takes as bank: the method's name, or the prototypes of a file."""
     if isinstance(bank, str):
@@ -494,12 +466,12 @@ class Trainer:
             hyperproto.convert_model(model, dim=dim, bank=bank, projection=args.projection, seed=args.seed)
             heads = hyperproto.get_heads(model)
             self.heads = list(heads)
-            for index, (name, head) in enumerate(heads.items()):
+            for name, head in heads.items():
                 if args.start == "random":
                     order = torch.randperm(args.num_classes, generator=torch.Generator().manual_seed(args.seed))
                     head.assign_(order)
                 if self.free:
-                    model.set_submodule(name, free_class_vectors(args, head.in_features, args.dim, index))
+                    model.set_submodule(name, FreeClassVectors(head))
         check_final_head(args, len(self.heads))
         model.to(device, memory_format=memory_format(args))
         self.assigner: hyperproto.DynamicAssigner | None = None
@@ -542,20 +514,22 @@ class Trainer:
 
     def refit(self) -> None:
         """Fit what trains in each head to the features of the finished backbone, each class counting alike."""
+        args, model = self.args, self.evaluated_model()
         if self.free:
             for name, batches in self.features().items():
-                self.fit_softmax(self.evaluated_model().get_submodule(name), batches)
+                fit_softmax(model.get_submodule(name), batches, args.refit)
         else:
             with self.autocast():
-                hyperproto.refit_head(
-                    self.evaluated_model(), self.loaders.fit, scale=self.args.scale, iterations=self.args.refit
-                )
+                hyperproto.refit_head(model, self.loaders.fit, scale=args.scale, iterations=args.refit)
 
     def fit_final_head(self) -> None:
         """Put heads of `--final-dim` dimensions in the places of the trained ones."""
         args, model = self.args, self.evaluated_model()
         if args.final_bank is None:
-            self.compress_softmax()
+            for name, batches in self.features().items():
+                head = compressed_softmax(model.get_submodule(name), batches, args.final_dim)
+                fit_softmax(head, batches, args.refit)
+                model.set_submodule(name, head)
             return
         with self.autocast():
             if args.final_bank == "class-vectors":
@@ -571,49 +545,10 @@ class Trainer:
                 hyperproto.fit_head(model, self.loaders.fit)
                 hyperproto.refit_head(model, self.loaders.fit, scale=args.scale, iterations=args.refit)
 
-    # What `refit_head` and `compress_head` do, for softmax as their peer.
-
     def features(self) -> dict[str, Batches]:
-        """What reaches each projection of free class vectors from the training images as they are, with labels."""
+        """What reaches each head of free class vectors from the training images as they are, with labels."""
         model = self.evaluated_model()
-        projections = [model.get_submodule(name).projection for name in self.heads]
-        with captured_features(model, projections) as captured:
-            _, labels = self.predict(model, self.loaders.fit)
-        batches: dict[str, Batches] = {}
-        for index, name in enumerate(self.heads):
-            rows = [features for each, features in captured if each == index]
-            own = labels.to(self.device).split([len(batch) for batch in rows])
-            batches[name] = list(zip(rows, own, strict=True))
-        return batches
-
-    def fit_softmax(self, head: FreeClassVectors, batches: Batches) -> None:
-        """Fit projection, class vectors and bias by cross-entropy; batch norm keeps its running statistics."""
-        head.eval()
-
-        def loss(rows: Tensor, labels: Tensor) -> Tensor:
-            return F.cross_entropy(head(rows), labels, reduction="none")
-
-        minimise(loss, list(head.parameters()), batches, num_classes=self.args.num_classes, iterations=self.args.refit)
-
-    def compress_softmax(self) -> None:
-        """Softmax of `--final-dim` dimensions in the places of the trained one, from its principal components on."""
-        args, model = self.args, self.evaluated_model()
-        for index, (name, batches) in enumerate(self.features().items()):
-            trained = model.get_submodule(name)
-            matrix, shift = affine(trained.projection, trained.in_features)
-            vectors = trained.vectors.weight.detach().cpu().double()
-            statistics = FeatureStatistics(args.num_classes, matrix.shape[1])
-            for rows, labels in batches:
-                statistics.add(rows.cpu(), labels.cpu())
-            add_up_ranks(list(statistics.tensors()), self.device)
-            scatter = statistics.scatter()
-            head = free_class_vectors(args, matrix.shape[1], args.final_dim, index)
-            head.projection, weight = principal_components(vectors @ matrix, scatter, args.final_dim)
-            bias = vectors @ (matrix @ scatter.sample_mean + shift) + trained.vectors.bias.detach().cpu()
-            head.vectors.load_state_dict({"weight": weight, "bias": bias})
-            head.to(self.device)
-            self.fit_softmax(head, batches)
-            model.set_submodule(name, head)
+        return head_features(model, self.heads, lambda: self.predict(model, self.loaders.fit))
 
     def train(self) -> None:
         """Train from where the history ends to the last epoch, and fit the head at the end."""

@@ -12,6 +12,7 @@ import pytest
 import hyperproto
 
 PACKAGE = Path(hyperproto.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 #: From the bottom up: a module may import from the ones above its own line only.
 LAYERS = [
@@ -155,6 +156,56 @@ def test_one_file_knows_torch_distributed():
 def test_no_file_is_long():
     lengths = {path.relative_to(PACKAGE): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
     assert not {str(name): length for name, length in lengths.items() if length > MOST_LINES}
+
+
+#: What examples, experiments and benchmarks may import, or name as an attribute of the package.
+PUBLIC = {"hyperproto", "hyperproto.functional", "hyperproto.testing"} | {
+    f"hyperproto.{name}" for name in (*hyperproto.__all__, "__version__")
+}
+PROMISED = "hyperproto.conversion.warm_start.warm_start_"
+
+USERS = [
+    path.relative_to(ROOT)
+    for folder in ("examples", "experiments", "tests/benchmarks")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
+
+
+def _used(source: str) -> set[str]:
+    """Dotted names of the package's that a file imports or names, at its top or inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found.add(f"{node.value.id}.{node.attr}")
+    # What a public module gives out is public.
+    modules = {"hyperproto.functional", "hyperproto.testing"}
+    found = {name.rpartition(".")[0] if name.rpartition(".")[0] in modules else name for name in found}
+    return {name for name in found if name.split(".")[0] == "hyperproto"}
+
+
+@pytest.mark.parametrize("path", USERS, ids=str)
+def test_examples_and_experiments_use_what_is_public(path):
+    promised = {PROMISED} if path.is_relative_to("tests/benchmarks") else set()
+    below = _used((ROOT / path).read_text()) - PUBLIC - promised
+    assert not below, f"{path} uses what is below the public interface: {sorted(below)}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import hyperproto.fitting.lbfgs",
+        "from hyperproto.fitting.lbfgs import minimise",
+        "from hyperproto import fitting",
+        "def later():\n    from hyperproto.sphere import normalise",
+        "hyperproto.sphere.normalise(rows)",
+    ],
+)
+def test_a_use_of_what_is_not_public_is_seen(line):
+    assert _used(line) - PUBLIC - {PROMISED}
 
 
 def test_public_names_are_sorted_and_there():

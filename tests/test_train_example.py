@@ -44,7 +44,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-data, cifar_resnet = load("_data"), load("_cifar_resnet")
+data, cifar_resnet, softmax = load("_data"), load("_cifar_resnet"), load("_softmax")
 train = load("train")
 
 
@@ -161,8 +161,8 @@ def test_a_final_head_is_made_again_after_a_kill(folder, tmp_path, monkeypatch, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        for module in (train, refit_head, compress_head):
-            patch.setattr(module, "minimise", kill)
+        for module, name in ((train, "fit_softmax"), (refit_head, "minimise"), (compress_head, "minimise")):
+            patch.setattr(module, name, kill)
         with pytest.raises(KeyboardInterrupt):
             run(folder, tmp_path / "killed.jsonl", *flags, "--output", str(tmp_path / "killed"))
     killed = run(folder, tmp_path / "killed.jsonl", *flags, "--output", str(tmp_path / "killed"))
@@ -228,7 +228,7 @@ def test_only_the_epochs_of_a_run_that_trained_the_same_are_taken(folder, traine
 def test_softmax_of_fewer_dimensions_starts_from_its_principal_components(folder, trained, monkeypatch):
     trainer = prepared(folder, trained["softmax"], *FINAL["softmax, then softmax"])
     logits, _ = trainer.predict(trainer.model, trainer.loaders.fit)
-    monkeypatch.setattr(train, "minimise", lambda *arguments, **options: None)
+    monkeypatch.setattr(train, "fit_softmax", lambda *arguments, **options: None)
     trainer.fit_final_head()
     found, _ = trainer.predict(trainer.model, trainer.loaders.fit)
     assert trainer.model.fc.vectors.weight.shape == (NUM_CLASSES, 2)
@@ -608,32 +608,45 @@ def test_larger_images_go_through_timm(folder, tmp_path, model):
     assert result["training_images"] == NUM_CLASSES * (TRAIN_IMAGES - 1)
 
 
-@pytest.mark.slow
-def test_two_processes_train_one_model(folder, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--",
+def run_in_two_processes(folder: Path, results: Path, *flags: str) -> dict:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--"]
+    command += [
         str(ROOT / "examples/train.py"),
-    ]
-    flags = [
-        "--dim",
-        "3",
-        "--start",
-        "data",
-        "--refit",
-        "5",
-        "--epochs",
-        "2",
-        "--batch-size",
-        "4",
+        str(folder),
+        *TINY,
         "--threads",
         "1",
+        "--results",
+        str(results),
+        *flags,
     ]
-    results = tmp_path / "results.jsonl"
-    subprocess.run([*command, str(folder), *TINY, *flags, "--results", str(results)], check=True, capture_output=True)
+    subprocess.run(command, check=True, capture_output=True)
     [line] = results.read_text().splitlines()
-    assert json.loads(line)["processes"] == 2
+    return json.loads(line)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(folder, tmp_path):
+    flags = ["--dim", "3", "--start", "data", "--refit", "5", "--epochs", "2", "--batch-size", "4"]
+    assert run_in_two_processes(folder, tmp_path / "results.jsonl", *flags)["processes"] == 2
+
+
+def to_logits(state: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(C, F) weights from features to logits; those of the layers are unique up to the signs of the components."""
+    norm = {name: state[f"fc.projection.1.{name}"] for name in ("weight", "running_var")}
+    gain = norm["weight"] / (norm["running_var"] + 1e-5).sqrt()
+    return state["fc.vectors.weight"] @ (gain[:, None] * state["fc.projection.0.weight"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["softmax", "softmax, then softmax"])
+def test_two_processes_fit_softmax_as_one_does(folder, trained, tmp_path, name):
+    flags = [*FINAL[name], "--dim", str(NUM_CLASSES), "--refit", "5", "--epochs", "4"]
+    flags += ["--epochs-from", str(trained["softmax"])]
+    one = run(folder, tmp_path / "one.jsonl", *flags, "--output", str(tmp_path / "one"))
+    two = run_in_two_processes(folder, tmp_path / "two.jsonl", *flags, "--output", str(tmp_path / "two"))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    before = to_logits(torch.load(trained["softmax"])["model"])
+    expected, found = (to_logits(torch.load(tmp_path / count / "model.pt")) for count in ("one", "two"))
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-3 * float(expected.abs().max()))
+    assert (found - before).abs().max() > 0.05 * expected.abs().max()

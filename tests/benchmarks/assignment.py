@@ -29,24 +29,23 @@ LARGEST_DENSE = 8000
 def problem(shape, num_classes, dim):
     """Class means and prototypes: random unit prototypes, and means as an early, a middle or a late epoch has them."""
     import torch
-
-    from hyperproto.sphere import normalise
+    from torch.nn.functional import normalize
 
     generator = torch.Generator().manual_seed(0)
 
     def unit_rows(count):
-        return normalise(torch.randn(count, dim, generator=generator))
+        return normalize(torch.randn(count, dim, generator=generator))
 
     prototypes, noise = unit_rows(num_classes), unit_rows(num_classes)
     if shape == "random":
         return noise, prototypes
     if shape == "coinciding":
-        return normalise(unit_rows(1) + 0.1 * noise), prototypes
+        return normalize(unit_rows(1) + 0.1 * noise), prototypes
     if shape == "clusters":
-        return normalise(
+        return normalize(
             unit_rows(20)[torch.randint(20, (num_classes,), generator=generator)] + 0.1 * noise
         ), prototypes
-    return normalise(prototypes[torch.randperm(num_classes, generator=generator)] + 0.5 * noise), prototypes
+    return normalize(prototypes[torch.randperm(num_classes, generator=generator)] + 0.5 * noise), prototypes
 
 
 def measured(function, *args, **kwargs):
@@ -62,18 +61,18 @@ def peak_mib():
 
 def run_sparse(shape, num_classes, dim, device):
     import torch
+    from torch.nn.functional import normalize
 
     from hyperproto.functional import solve_assignment
-    from hyperproto.sphere import normalise
 
     means, prototypes = (rows.to(device) for rows in problem(shape, num_classes, dim))
     solve_assignment(means[:200], prototypes[:200], method="sparse")  # loads scipy
     before = peak_mib()
     first, seconds, cpu = measured(solve_assignment, means, prototypes, method="sparse")
     memory = peak_mib() - before
-    noise = normalise(torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(1)))
+    noise = normalize(torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(1)))
     noise = noise.to(device)
-    moved = normalise(means + 1e-3 * noise)
+    moved = normalize(means + 1e-3 * noise)
     warm, warm_seconds, warm_cpu = measured(
         solve_assignment, moved, prototypes, current=first.assignment, prices=first.prices, method="sparse"
     )
@@ -96,13 +95,12 @@ def cosines(means, prototypes):
 
 def run_dense(shape, num_classes, dim):
     from scipy.optimize import linear_sum_assignment
-
-    from hyperproto.sphere import normalise
+    from torch.nn.functional import normalize
 
     means, prototypes = problem(shape, num_classes, dim)
     linear_sum_assignment([[0.0]])
     before = peak_mib()
-    similarity, matrix_seconds, _ = measured(cosines, normalise(means), normalise(prototypes))
+    similarity, matrix_seconds, _ = measured(cosines, normalize(means), normalize(prototypes))
     (rows, columns), seconds, cpu = measured(linear_sum_assignment, similarity, maximize=True)
     return {
         "seconds": seconds,
