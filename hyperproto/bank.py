@@ -58,6 +58,8 @@ class PrototypeBank(nn.Module):
     # Annotations are objects in this file (no `from __future__ import annotations`): TorchScript reads them.
     prototypes: Tensor
     method: str
+    #: Whether a head has it; the next one takes a copy, so that models made with one bank move independently.
+    in_use: bool = False
 
     def __init__(
         self,

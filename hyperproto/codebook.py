@@ -1,5 +1,6 @@
 """Fixed prototypes, and which of them stands for which label: all of a head but its projection."""
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
@@ -15,7 +16,7 @@ from hyperproto.matching.problem import check_assignment
 from hyperproto.precision import keeping_dtype
 from hyperproto.readout import Readout, choose_anchors
 from hyperproto.separation import default_logit_scale
-from hyperproto.sphere import assigned_cosines
+from hyperproto.sphere import assigned_cosines, check_unit_rows
 
 TrainingOutput = Literal["logits", "embedding"]
 
@@ -30,7 +31,7 @@ class Codebook(nn.Module):
     averaging weights cannot blend two assignments.
 
     Args:
-        bank: at least C prototypes.
+        bank: at least C prototypes. One that another codebook uses already is copied, so that each moves by itself.
         num_classes: number of labels C, at least 2.
         logit_scale: s > 0; by default `default_logit_scale(bank.prototypes, num_classes)`.
         training_output: what a head returns in train mode, logits or embeddings.
@@ -84,8 +85,11 @@ class Codebook(nn.Module):
         # The tensor, and how often it had been written, whose values `_check_written_assignment` saw last;
         # None for a copy of values that it has not seen.
         self._checked: tuple[int, int] | None = (0, 0)
-        self.bank = bank
+        self.bank = copy.deepcopy(bank) if bank.in_use else bank
+        self.bank.in_use = True
         scale = default_logit_scale(bank.prototypes, num_classes) if logit_scale is None else float(logit_scale)
+        #: Where `logit_scale` began, which tells whether anything has fitted it since.
+        self.initial_logit_scale = scale
         self.register_buffer("assignment", torch.arange(num_classes, device="cpu"))
         self.register_buffer("logit_scale", torch.tensor(scale, dtype=torch.float32, device="cpu"))
         self.register_buffer("format_version", format_version())
@@ -175,7 +179,7 @@ class Codebook(nn.Module):
         """The k labels whose prototypes are nearest, without a (B, C) tensor: classes are taken in chunks.
 
         Args:
-            embeddings: (B, D), as `embed` returns.
+            embeddings: (B, D) unit or zero rows, as `embed` returns.
             k: in [1, C].
 
         Returns:
@@ -183,7 +187,7 @@ class Codebook(nn.Module):
 
         Raises:
             ShapeError: embeddings of another shape.
-            ArgumentError: k out of range.
+            ArgumentError: k out of range, or rows of another length: features, for example.
 
         Examples:
             >>> codebook = Codebook(PrototypeBank(4, 3), 4)
@@ -195,6 +199,7 @@ class Codebook(nn.Module):
             raise ShapeError(f"expected embeddings of shape (B, {self.dim}), got {tuple(embeddings.shape)}.")
         if not 1 <= k <= self.num_classes:
             raise ArgumentError(f"k must lie in [1, {self.num_classes}], got {k}.")
+        check_unit_rows(embeddings)
         self._check_written_assignment()
         best = embeddings.new_empty((len(embeddings), 0), dtype=torch.float32)
         labels = torch.empty((len(embeddings), 0), dtype=torch.int64, device=embeddings.device)
@@ -326,8 +331,8 @@ def check_shared_bank(codebooks: tuple[Codebook, ...]) -> None:
         same_bank = other.bank is first.bank or torch.equal(other.bank.prototypes, first.bank.prototypes)
         if not same_bank or not torch.equal(other.assignment, first.assignment):
             raise BankError(
-                "all heads of one model must share one bank and one assignment; these differ. "
-                "Build them with the same PrototypeBank, or give each its own DynamicAssigner."
+                "all heads of one model must share one bank and one assignment; these differ. Pass one of the heads in "
+                "place of the model where each has a task of its own; otherwise build them with the same PrototypeBank."
             )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperproto.bank import PrototypeBank
-from hyperproto.codebook import Codebook, TrainingOutput
+from hyperproto.codebook import Codebook, TrainingOutput, check_shared_bank
 from hyperproto.errors import ArgumentError, BankError, HeadNotFoundError, NotLinearError
 from hyperproto.projection import Projection, build_projection, check_features, unflatten_rows
 from hyperproto.sphere import assigned_cosines, normalise
@@ -17,6 +17,10 @@ torch.fx.wrap("assigned_cosines")
 torch.fx.wrap("check_features")
 torch.fx.wrap("normalise")
 torch.fx.wrap("unflatten_rows")
+
+
+#: What a head was built for and cannot become by an assignment.
+FIXED = ("num_classes", "dim", "in_features", "out_features")
 
 
 class HypersphericalHead(Codebook):
@@ -44,6 +48,9 @@ class HypersphericalHead(Codebook):
         training_output: "logits", or "embedding": in train mode return z (B, D), so that this library's losses cost
             O(B D) whatever C is. In eval mode logits are returned in either case.
         seed: of the bank and of the projection's start.
+
+    Attributes:
+        out_features: C, by the name that nn.Linear has for it.
 
     Shape:
         features (..., in_features) -> logits (..., C), float32.
@@ -106,6 +113,7 @@ class HypersphericalHead(Codebook):
             )
         super().__init__(bank, num_classes, logit_scale=logit_scale, training_output=training_output)
         self.in_features = in_features
+        self.out_features = num_classes
         self.projection = build_projection(projection, in_features, dim, seed=seed)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -125,6 +133,13 @@ class HypersphericalHead(Codebook):
         rows = self.projection(features.flatten(0, -2))
         return normalise(unflatten_rows(rows, features))
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Assignment and scale as at the start; the layers of the projection have a `reset_parameters` of their own."""
+        if not self.assignment.is_meta:
+            self.assign_(torch.arange(self.num_classes, device=self.assignment.device))
+        self.logit_scale.fill_(self.initial_logit_scale)
+
     def like(self, bank: PrototypeBank, *, logit_scale: float) -> "HypersphericalHead":
         """A fresh head of the same kind and options on another bank, with projection "linear+bn"."""
         return type(self)(
@@ -142,6 +157,14 @@ class HypersphericalHead(Codebook):
             f"in_features={self.in_features}, num_classes={self.num_classes}, dim={self.dim}, "
             f"training_output={self.training_output!r}"
         )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in FIXED and self.__dict__.get(name, value) != value:
+            raise ArgumentError(
+                f"a head's {name} is fixed: expected {self.__dict__[name]}, got {value!r}. Build another head, or "
+                "restore the model and convert it anew: hyperproto.convert_model(hyperproto.restore_model(model), ...)."
+            )
+        super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("weight", "bias"):
@@ -165,14 +188,23 @@ def get_heads(model: nn.Module) -> dict[str, HypersphericalHead]:
 
 
 def require_heads(model: nn.Module) -> tuple[HypersphericalHead, ...]:
-    """The model's heads, at least one.
+    """The model's heads, at least one; all of one task.
 
     Raises:
         HeadNotFoundError: there is none.
+        BankError: they differ in prototypes, assignment or scale: no one of them can speak for the others.
     """
     heads = tuple(get_heads(model).values())
     if not heads:
         raise HeadNotFoundError(
             f"{type(model).__name__} has no HypersphericalHead. Call hyperproto.convert_model(model, ...) first."
+        )
+    if any(head.assignment.is_meta for head in heads):  # without values there is nothing to compare
+        return heads
+    check_shared_bank(heads)
+    if any(not torch.equal(head.logit_scale, heads[0].logit_scale) for head in heads[1:]):
+        raise BankError(
+            f"the heads of {type(model).__name__} have other scales ({', '.join(get_heads(model))}), so that the first "
+            "one cannot read what the others return. Pass one of the heads in place of the model."
         )
     return heads

@@ -52,15 +52,18 @@ class SeededLinear(nn.Linear):
     """
 
     def __init__(self, in_features: int, out_features: int, *, seed: int) -> None:
+        self.seed = seed  # before the base class, which starts the weights
         super().__init__(in_features, out_features, bias=False)
-        generator = torch.Generator(device="cpu").manual_seed(seed)
-        bound = 1.0 / math.sqrt(in_features)
-        start = torch.empty(out_features, in_features, dtype=torch.float32, device="cpu")
-        with torch.no_grad():
-            self.weight.copy_(start.uniform_(-bound, bound, generator=generator))
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Leave the weights alone: called by `nn.Linear`, which would draw from the global generator."""
+        """Start anew from the seed; a bias that came later is set to zero."""
+        generator = torch.Generator(device="cpu").manual_seed(self.seed)
+        bound = 1.0 / math.sqrt(self.in_features)
+        start = torch.empty(self.out_features, self.in_features, dtype=torch.float32, device="cpu")
+        self.weight.copy_(start.uniform_(-bound, bound, generator=generator))
+        if self.bias is not None:
+            self.bias.zero_()
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
@@ -71,7 +74,8 @@ class RowBatchNorm(nn.BatchNorm1d):
     """Batch norm in float32, whatever the model's dtype.
 
     A batch of fewer than two rows has no variance: the running statistics serve it, as in eval mode, where
-    `nn.BatchNorm1d` raises.
+    `nn.BatchNorm1d` raises. With `track_running_stats` switched off they stay as they are in train mode, and where
+    there are none the batch's serve in eval mode too, both as in `nn.BatchNorm1d`.
 
     Examples:
         >>> RowBatchNorm(3)(torch.ones(1, 3)).shape
@@ -88,6 +92,7 @@ class RowBatchNorm(nn.BatchNorm1d):
             self.running_var,
             self.num_batches_tracked,
             self.training,
+            self.track_running_stats,
             self.momentum,
             self.eps,
         )
@@ -138,12 +143,15 @@ def _batch_norm(
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
     training: bool,
+    tracked: bool,
     momentum: float | None,
     eps: float,
 ) -> Tensor:
-    of_batch = training and features.shape[0] > 1
+    of_batch = (training and features.shape[0] > 1) or running_mean is None
+    if of_batch and not tracked:
+        running_mean, running_var, num_batches_tracked = None, None, None
     share = 0.0 if momentum is None else momentum
-    if of_batch and num_batches_tracked is not None:
+    if training and of_batch and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
         if momentum is None:  # a plain average over batches, which torch.optim.swa_utils.update_bn asks for
             share = 1.0 / float(num_batches_tracked)

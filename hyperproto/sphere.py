@@ -25,6 +25,9 @@ SMALLEST_LENGTH = torch.finfo(torch.float32).tiny
 #: Rounding of 2 - 2 cos in float32: pairs of points closer than its root cannot be told from coincident ones.
 SMALLEST_SQUARED_DISTANCE = torch.finfo(torch.float32).eps
 
+#: By how much the length of a unit row may be off: bfloat16 keeps eight bits of each entry.
+UNIT_TOLERANCE = 1e-2
+
 #: A block of cosines is 2048 x 2048 float64, 32 MiB, however many prototypes there are.
 BLOCK_ROWS = 2048
 
@@ -56,6 +59,23 @@ def normalise(x: Tensor) -> Tensor:
 def _one_for_zero(lengths: Tensor, smallest: float = SMALLEST_LENGTH) -> Tensor:
     """Lengths, and 1 in the place of those that count as zero."""
     return torch.where(lengths < smallest, torch.ones_like(lengths), lengths)
+
+
+def check_unit_rows(rows: Tensor) -> None:
+    """Raise unless each row is of length 1 or 0, as far as half precision can tell; waits for a GPU.
+
+    Raises:
+        ArgumentError: one is not.
+    """
+    if rows.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+        return
+    lengths = torch.linalg.vector_norm(rows.detach().float(), dim=-1)
+    wrong = ((lengths - 1.0).abs() > UNIT_TOLERANCE) & (lengths != 0.0) | ~lengths.isfinite()
+    if bool(wrong.any()):
+        raise ArgumentError(
+            f"expected embeddings of length 1, got a row of length {float(lengths[wrong][0]):.4g}. Features become "
+            "embeddings by head.embed(features)."
+        )
 
 
 def assigned_cosines(embeddings: Tensor, prototypes: Tensor, assignment: Tensor) -> Tensor:

@@ -147,10 +147,18 @@ def test_device_and_dtype_are_kept(dtype):
     assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
 
 
-def test_a_shared_bank_and_seeds():
+def test_the_first_user_of_a_bank_keeps_it_and_later_ones_have_a_copy():
     bank = PrototypeBank(12, 5)
-    first = convert_model(make("test_resnet"), dim=5, bank=bank)
-    assert next(iter(get_heads(first).values())).bank is bank
+    first, second = (next(iter(get_heads(convert_model(make("test_resnet"), bank=bank)).values())) for _ in range(2))
+    twin = HypersphericalHead(16, 10, bank=copy.deepcopy(first).bank)
+    assert first.bank is bank
+    assert torch.equal(second.bank.prototypes, bank.prototypes)
+    first.to("meta")
+    for head in (second, twin):
+        assert head.embed(torch.randn(2, head.in_features)).device == head.class_prototypes.device
+
+
+def test_seeds():
     models = [nn.Sequential(nn.Linear(4, 9)) for _ in range(2)]
     state = torch.get_rng_state()
     first, second = (convert_model(model, classifier="0", seed=3) for model in models)

@@ -149,7 +149,8 @@ def _build_heads(
             training_output=training_output,
             seed=seed + index,
         )
-        bank = head.bank
+        # One object for all heads of a model, which a bank that is in use already would not be.
+        head.bank = bank = next(iter(heads.values()), head).bank
         heads[name] = head
     for name, leaf in leaves.items():
         heads[name].to(device=leaf.weight.device, dtype=leaf.weight.dtype).train(leaf.training)

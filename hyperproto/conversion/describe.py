@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 
 from hyperproto.affine import known_layers
@@ -9,6 +11,7 @@ from hyperproto.bank import PrototypeBank
 from hyperproto.conversion.locate import Leaf, num_inputs, num_outputs
 from hyperproto.conversion.record import RECORD, Conversion, count_parameters
 from hyperproto.head import HypersphericalHead, get_heads, require_heads
+from hyperproto.losses import PrototypeCrossEntropyLoss
 from hyperproto.projection import has_layers
 from hyperproto.sphere import sampled_largest_cosines
 
@@ -16,14 +19,16 @@ from hyperproto.sphere import sampled_largest_cosines
 SAMPLED_ROWS = 4096
 
 
-def describe(model: nn.Module) -> str:
+def describe(model: nn.Module, criterion: nn.Module | None = None) -> str:
     """What the model's hyperspherical heads are and what they took the place of; changes nothing.
 
-    A line for each head (its name, what stood there, widths), one for the bank they share, one for the parameters of
-    the model before and after, and one for whatever else the conversion changed.
+    A line for each head (its name, what stood there, widths), one for the bank they share, one for their scale and
+    whether anything has fitted it, one for the parameters of the model before and after, and one for whatever else the
+    conversion changed.
 
     Args:
         model: a converted model, bare or wrapped, or any module with a head in it.
+        criterion: that the model is trained with; a scale of its own that is not the head's is told.
 
     Raises:
         HeadNotFoundError: it has none.
@@ -34,17 +39,29 @@ def describe(model: nn.Module) -> str:
         Sequential: 4 classes on prototypes in dimension 2
           0: was Linear 16 -> 4, projects 16 -> 2 (linear, batch norm)
           bank: orthoplex, 4 prototypes, largest cosine 0.0000
+          scale: 5.694, as it started: never fitted, see fit_logit_scale
           parameters: 68 before, 36 after
     """
-    head = require_heads(model)[0]
+    heads = get_heads(model)
+    if not heads:
+        require_heads(model)
+    first = next(iter(heads.values()))
     converted = {module: module.__dict__[RECORD] for module in model.modules() if RECORD in module.__dict__}
     leaves = {
         module.get_submodule(name): leaf for module, record in converted.items() for name, leaf in record.leaves.items()
     }
-    lines = [f"{type(model).__name__}: {head.num_classes} classes on prototypes in dimension {head.dim}"]
-    for name, each in get_heads(model).items():
-        lines.append(f"{name or 'itself'}: {_origin(leaves.get(each))}{_projection(each)}")
-    lines.append(f"bank: {_bank(head.bank)}")
+    tasks = {
+        (head.num_classes, head.dim): f"{head.num_classes} classes on prototypes in dimension {head.dim}"
+        for head in heads.values()
+    }
+    lines = [f"{type(model).__name__}: {', '.join(tasks.values())}"]
+    for name, head in heads.items():
+        lines.append(f"{name or 'itself'}: {_origin(leaves.get(head))}{_projection(head)}")
+    banks = {head.bank: f"bank: {_bank(head.bank)}" for head in heads.values()}
+    lines += dict.fromkeys(banks.values())
+    scales = {_scale(head): None for head in heads.values()}
+    lines += [f"scale: {scale}" for scale in scales]
+    lines += _of_criterion(criterion, first)
     lines.append(f"parameters: {_num_parameters(model, list(converted.values()))}")
     lines += [f"also: {note}" for record in converted.values() for note in record.notes]
     return "\n  ".join(lines)
@@ -63,6 +80,27 @@ def _projection(head: HypersphericalHead) -> str:
     else:
         layers = "linear" if known.batch_norm is None else "linear, batch norm"
     return f"projects {head.in_features} -> {head.dim} ({layers})"
+
+
+def _scale(head: HypersphericalHead) -> str:
+    if head.logit_scale.is_meta:
+        return "without a value yet"
+    scale = float(head.logit_scale)
+    started = math.isclose(scale, head.initial_logit_scale, rel_tol=1e-6)
+    never = ", as it started: never fitted, see fit_logit_scale"
+    return f"{scale:.4g}{never if started else ', fitted or loaded'}"
+
+
+def _of_criterion(criterion: nn.Module | None, head: HypersphericalHead) -> list[str]:
+    if not isinstance(criterion, PrototypeCrossEntropyLoss) or head.logit_scale.is_meta:
+        return []
+    scale, own = float(criterion.scale), float(criterion.head.logit_scale)
+    if math.isclose(scale, own, rel_tol=1e-3):
+        return []
+    return [
+        f"criterion: trains with scale {scale:.4g}, the head's probabilities have {own:.4g}; call fit_logit_scale on "
+        "held-out data after training"
+    ]
 
 
 def _bank(bank: PrototypeBank) -> str:
