@@ -155,7 +155,7 @@ def test_batches_are_bounded_by_the_cosines_of_many_classes_too(monkeypatch):
         sizes.extend(len(own) for _, own in batches)
 
     monkeypatch.setattr(module, "minimise", spy)
-    monkeypatch.setattr(module, "BATCH_NUMBERS", 20 * 30)
+    monkeypatch.setattr(data, "BATCH_NUMBERS", 20 * 30)
     refit_head(make_head(20, 8, 4), batched(features, labels, size=7))  # eight features, twenty classes
     assert sum(sizes) == len(labels)
     assert set(sizes[:-1]) == {30}
