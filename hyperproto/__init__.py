@@ -1,5 +1,7 @@
 """Classifiers whose last layer does not train: fixed prototypes on the unit hypersphere, dynamically assigned."""
 
+import torch.serialization
+
 from hyperproto import functional
 from hyperproto.assigner import DynamicAssigner
 from hyperproto.assignment_step import AssignmentStep
@@ -16,6 +18,7 @@ from hyperproto.errors import (
     CheckpointError,
     HeadNotFoundError,
     HyperprotoError,
+    HyperprotoWarning,
     LabelError,
     NotLinearError,
     ShapeError,
@@ -46,6 +49,7 @@ __all__ = [
     "HeadFit",
     "HeadNotFoundError",
     "HyperprotoError",
+    "HyperprotoWarning",
     "HypersphericalHead",
     "LabelError",
     "LongTailLoss",
@@ -64,3 +68,7 @@ __all__ = [
     "restore_model",
     "to_linear",
 ]
+
+# Reports may lie beside the weights in a checkpoint, which `torch.load` reads with `weights_only=True`.
+# Bytes are what empty ones are written as by the protocol that it takes.
+torch.serialization.add_safe_globals([AssignmentSolution, AssignmentStep, BankReport, HeadFit, bytes])

@@ -9,7 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from hyperproto.assignment_step import AssignmentStep
+from hyperproto.assignment_step import AssignmentStep, packed_labels
 from hyperproto.checkpoint import check_format, format_version, stamp_format_
 from hyperproto.class_means import update_by_labels_, update_by_weights_
 from hyperproto.codebook import check_shared_bank
@@ -235,17 +235,17 @@ class DynamicAssigner(nn.Module):
             for each in self._heads:
                 each.assign_(after.to(each.assignment.device))
         self._begin_round(combined, total)
-        moved = torch.nonzero(after != before).flatten().tolist()
+        moved = after != before
         record = AssignmentStep(
-            changed=len(moved),
-            moved_labels=tuple(moved),
+            changed=int(moved.sum()),
             similarity_before=similarity_before,
             similarity_after=similarity,
-            unseen=tuple(torch.nonzero(~means.any(dim=1)).flatten().tolist()),
             solver=solver,
             optimal=optimal,
             seconds=time.perf_counter() - started,
             equiangular=self._equiangular,
+            packed_moved=packed_labels(moved),
+            packed_unseen=packed_labels(~means.any(dim=1)),
         )
         self._history.append(record)
         return record

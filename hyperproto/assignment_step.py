@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+
+def packed_labels(chosen: Tensor) -> bytes:
+    """The labels that a mask (C,) on the CPU chooses, at four bytes each: an assigner keeps those of every step."""
+    return chosen.nonzero().flatten().numpy().astype(np.int32).tobytes()
 
 
 @dataclass(frozen=True)
@@ -11,26 +19,35 @@ class AssignmentStep:
 
     Attributes:
         changed: number of labels that moved to another prototype.
-        moved_labels: those labels, ascending.
         similarity_before: sum over labels of the cosine between class mean and prototype, before the step.
         similarity_after: the same after it; never smaller.
-        unseen: labels without a class mean so far, ascending; they count as similarity 0.
         solver: the method that solved, or "frozen".
         optimal: whether no assignment has a larger similarity.
         seconds: wall time of the step.
         equiangular: all prototypes are at one angle from each other (a simplex): any permutation of labels is then an
             isometry, and the step cannot change the geometry between classes, only how far each has to travel.
+        packed_moved, packed_unseen: what `moved_labels` and `unseen` read; see `packed_labels`.
     """
 
     changed: int
-    moved_labels: tuple[int, ...]
     similarity_before: float
     similarity_after: float
-    unseen: tuple[int, ...]
     solver: str
     optimal: bool
     seconds: float
     equiangular: bool
+    packed_moved: bytes = field(repr=False)
+    packed_unseen: bytes = field(repr=False)
+
+    @property
+    def moved_labels(self) -> tuple[int, ...]:
+        """Labels that moved to another prototype, ascending."""
+        return tuple(np.frombuffer(self.packed_moved, np.int32).tolist())
+
+    @property
+    def unseen(self) -> tuple[int, ...]:
+        """Labels without a class mean so far, ascending; they count as similarity 0."""
+        return tuple(np.frombuffer(self.packed_unseen, np.int32).tolist())
 
     def __str__(self) -> str:
         text = (

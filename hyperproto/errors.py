@@ -43,3 +43,7 @@ class AlreadyConvertedError(HyperprotoError, ValueError):
 
 class NotLinearError(HyperprotoError, AttributeError):
     """A hyperspherical head was asked for the weight and bias of a linear classifier."""
+
+
+class HyperprotoWarning(UserWarning):
+    """Something that runs, and is probably not what was meant."""

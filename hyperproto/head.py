@@ -8,7 +8,13 @@ from torch import Tensor, nn
 from hyperproto.bank import PrototypeBank
 from hyperproto.codebook import Codebook, TrainingOutput, check_shared_bank
 from hyperproto.errors import ArgumentError, BankError, HeadNotFoundError, NotLinearError
-from hyperproto.projection import Projection, build_projection, check_features, unflatten_rows
+from hyperproto.projection import (
+    Projection,
+    build_projection,
+    check_features,
+    seed_of_projection,
+    unflatten_rows,
+)
 from hyperproto.sphere import assigned_cosines, normalise
 
 # Leaves to torch.fx: what they decide by shape is decided when a traced graph runs, and the buffers that they gather
@@ -47,7 +53,7 @@ class HypersphericalHead(Codebook):
         logit_scale: s > 0; by default such that a sample on its prototype gets a probability of about 0.99.
         training_output: "logits", or "embedding": in train mode return z (B, D), so that this library's losses cost
             O(B D) whatever C is. In eval mode logits are returned in either case.
-        seed: of the bank and of the projection's start.
+        seed: of the bank, and of the projection's start, which are independent of each other.
 
     Attributes:
         out_features: C, by the name that nn.Linear has for it.
@@ -114,7 +120,7 @@ class HypersphericalHead(Codebook):
         super().__init__(bank, num_classes, logit_scale=logit_scale, training_output=training_output)
         self.in_features = in_features
         self.out_features = num_classes
-        self.projection = build_projection(projection, in_features, dim, seed=seed)
+        self.projection = build_projection(projection, in_features, dim, seed=seed_of_projection(seed))
 
     def forward(self, features: Tensor) -> Tensor:
         """(..., in_features) -> (..., C) logits, or (..., D) embeddings in train mode if so chosen."""

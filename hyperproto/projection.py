@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,6 +28,17 @@ def build_projection(projection: Projection, in_features: int, dim: int, *, seed
         return nn.Identity()
     linear = SeededLinear(in_features, dim, seed=seed)
     return linear if projection == "linear" else nn.Sequential(linear, RowBatchNorm(dim, dtype=torch.float32))
+
+
+def seed_of_projection(seed: int) -> int:
+    """Seed of a projection's start beside a bank of this seed: from one stream the two would be correlated.
+
+    Examples:
+        >>> seed_of_projection(0) != seed_of_projection(1)
+        True
+    """
+    # Bit by bit as torch reads seeds, of which negative ones are some.
+    return int(np.random.SeedSequence([seed % 2**64, 1]).generate_state(1, np.uint64)[0])
 
 
 def has_layers(projection: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """The assigner: class means, the assignment step, and what happens to bad input."""
 
 import copy
+import io
 import pickle
 import time
 
@@ -23,6 +24,7 @@ from hyperproto import (
     LabelError,
     PrototypeBank,
     ShapeError,
+    fit_head,
 )
 from hyperproto.functional import solve_assignment
 from hyperproto.testing import SEEDS, check_assignment, check_optimal, heads, label_streams
@@ -607,3 +609,27 @@ def test_banks_that_nearly_agree_are_not_shared(difference):
     heads = nn.ModuleList([HypersphericalHead(4, 6, bank=bank, projection="none") for bank in banks])
     with pytest.raises(BankError, match="must share one bank"):
         DynamicAssigner(heads)
+
+
+def test_the_record_of_a_step_takes_four_bytes_a_label():
+    head = HypersphericalHead(4, 2000, dim=4, projection="none", bank="random")
+    assigner = DynamicAssigner(head)
+    assigner.update(head.bank.prototypes[:1500].flip(0), torch.arange(1500))
+    sizes = [len(pickle.dumps(assigner.history))]
+    step = assigner.step()
+    sizes.append(len(pickle.dumps(assigner.history)))
+    assert step.unseen == tuple(range(1500, 2000))
+    assert sizes[1] - sizes[0] < 4 * (len(step.unseen) + len(step.moved_labels)) + 1000
+    assert copy.deepcopy(step) == step
+
+
+def test_reports_load_beside_the_weights_of_a_checkpoint():
+    head = HypersphericalHead(4, 3, dim=4)
+    assigner = DynamicAssigner(head)
+    features, labels = torch.randn(30, 4), torch.arange(30) % 3
+    assigner.update(head(features), labels)
+    reports = [assigner.step(), assigner.history, fit_head(head, [(features, labels)]), head.bank.report()]
+    file = io.BytesIO()
+    torch.save(reports, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True) == reports

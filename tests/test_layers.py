@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 #: From the bottom up: a module may import from the ones above its own line only.
 LAYERS = [
     "errors",
+    "telling",
     "precision",
     "modes",
     "sphere",

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -44,3 +45,14 @@ def test_folding_knows_the_epsilon_of_batch_norm():
     # The head without the division by the length of what is projected.
     expected = head.logit_scale * head.projection(features) @ head.class_prototypes.T
     torch.testing.assert_close(to_linear(model)(features), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["random", "uniform"])
+def test_bank_and_projection_are_drawn_independently(method):
+    correlations = []
+    for seed in range(12):
+        head = HypersphericalHead(16, 40, dim=8, bank=method, projection="linear", seed=seed)
+        drawn = head.projection.weight.detach().flatten()  # 128 numbers
+        correlations.append(np.corrcoef(head.bank.prototypes.flatten()[:128], drawn)[0, 1])
+    # Of 128 pairs each has a deviation of 0.09, their mean over twelve seeds one of 0.026.
+    assert abs(np.mean(correlations)) < 0.09
