@@ -9,6 +9,9 @@ from hyperproto.affine import set_affine_
 from hyperproto.fitting.statistics import ClassScatter
 from hyperproto.projection import build_projection
 
+#: A component that varies by less than this share of the largest is rounding, and is not blown up to its length.
+SMALLEST_DEVIATION = 1e-6
+
 
 @torch.no_grad()
 def principal_components(to_logits: Tensor, scatter: ClassScatter, dim: int) -> tuple[nn.Module, Tensor]:
@@ -29,7 +32,8 @@ def principal_components(to_logits: Tensor, scatter: ClassScatter, dim: int) -> 
     variances, directions = torch.linalg.eigh(to_logits @ scatter.sample_covariance @ to_logits.T)
     leading = directions.flip(1)[:, :dim]  # (C, D)
     deviations = variances.flip(0)[:dim].clamp_min(0.0).sqrt()
-    matrix = leading.T @ to_logits / deviations[:, None].clamp_min(torch.finfo(torch.float32).tiny)  # (D, F)
+    divisors = deviations.clamp_min(SMALLEST_DEVIATION * float(deviations.max()))
+    matrix = leading.T @ to_logits / divisors[:, None]  # (D, F)
     mean, covariance = scatter.sample_mean, scatter.sample_covariance
     projection = build_projection("linear+bn", to_logits.shape[1], dim, seed=0).eval()
     set_affine_(projection, matrix, torch.zeros_like(deviations), centre=mean, mean=mean, covariance=covariance)
