@@ -454,6 +454,12 @@ def test_the_shrinkage_is_the_published_one(seed, width, num):
     np.testing.assert_allclose(shrunk_covariance(covariance, num).numpy(), expected, atol=1e-10)
 
 
+@pytest.mark.parametrize("length", [0.0, 2.0])
+def test_a_round_covariance_is_left_as_it_is(length):
+    covariance = length * torch.eye(3, dtype=torch.float64)
+    torch.testing.assert_close(shrunk_covariance(covariance, 5.0), covariance, rtol=1e-12, atol=0)
+
+
 def test_statistics_far_from_zero_are_exact_enough():
     features, labels = clouds(4, 6)
     near, far = FeatureStatistics(4, 6), FeatureStatistics(4, 6)

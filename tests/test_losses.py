@@ -421,3 +421,17 @@ def test_where_embeddings_are_as_wide_as_logits_the_mode_tells_them_apart(traini
     torch.testing.assert_close(BalancedLoss(head)(head(features), labels), (1 - own).square().mean())
     one_hot = nn.functional.one_hot(labels, 8).float()
     torch.testing.assert_close(BalancedLoss(head)(head(features), one_hot), (1 - own).square().mean())
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.5, 1.0, 100.0])
+def test_any_positive_scale_will_do(scale):
+    head, (features, labels) = make_head(), batch()
+    loss = PrototypeCrossEntropyLoss(head, scale=scale)(head(features), labels)
+    log_probabilities = (scale * head(features) / head.logit_scale).log_softmax(dim=1)
+    torch.testing.assert_close(loss, -log_probabilities.gather(1, labels[:, None]).mean())
+
+
+def test_a_criterion_takes_its_assigner_along():
+    criterion = LongTailLoss(DynamicAssigner(make_head()), class_counts=COUNTS).to("meta")
+    assert all(buffer.is_meta for buffer in criterion.buffers())
+    assert len(list(criterion.buffers())) > 1
