@@ -1,8 +1,23 @@
-"""Every error that the library raises on purpose.
+"""Every error that the library raises on purpose, and the warning that it gives.
 
 Each is a `HyperprotoError` and also the builtin that fits, so that both `except HyperprotoError` and
 `except ValueError` catch it. A message says what was expected, what came and what to do.
 """
+
+import sys
+import warnings
+
+
+class HyperprotoWarning(UserWarning):
+    """A result that is likely not what was meant."""
+
+
+def warn(message: str) -> None:
+    """Give a `HyperprotoWarning` that points at the line which called into this library."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] in ("hyperproto", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, HyperprotoWarning, stacklevel=level)
 
 
 class HyperprotoError(Exception):

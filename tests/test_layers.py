@@ -16,6 +16,7 @@ PACKAGE = Path(hyperproto.__file__).parent
 #: From the bottom up: a module may import from the ones above its own line only.
 LAYERS = [
     "errors",
+    "arguments",
     "precision",
     "modes",
     "sphere",
