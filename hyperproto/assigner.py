@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
+from hyperproto.arguments import SMALLEST_INT, as_tensor, choice, share, whole_number
 from hyperproto.assignment_step import AssignmentStep, packed_labels
 from hyperproto.checkpoint import check_format, format_version, stamp_format_
-from hyperproto.class_means import update_by_labels_, update_by_weights_
+from hyperproto.class_means import check_finite, update_by_labels_, update_by_weights_
 from hyperproto.codebook import check_shared_bank
-from hyperproto.errors import ArgumentError, AssignmentError, CheckpointError, ShapeError
+from hyperproto.errors import ArgumentError, AssignmentError, CheckpointError, LabelError, ShapeError
 from hyperproto.head import HypersphericalHead, require_heads
 from hyperproto.matching.problem import total_similarity
 from hyperproto.matching.solve import AssignmentMethod, solve_assignment
 from hyperproto.precision import full_precision, keeping_dtype
 from hyperproto.ranks import ProcessGroup, add_up_ranks, bit_of_this_rank, check_member, has_ranks
 from hyperproto.readout import Readout
-from hyperproto.sphere import largest_cosines, normalise
-from hyperproto.targets import check_target, evidence, is_seen
+from hyperproto.separation import is_simplex
+from hyperproto.sphere import normalise
+from hyperproto.targets import IGNORE_INDEX, Target, check_target, evidence, has_memory, is_seen, read_target
 
 
 class DynamicAssigner(nn.Module):
@@ -55,6 +57,8 @@ class DynamicAssigner(nn.Module):
         frozen: () bool buffer; see `freeze`.
         prices: (P,) float32 buffer, where the next matching starts from; it saves time, decides nothing, and is in no
             checkpoint.
+        lost_counts: (C,) float32 buffer, samples since the last step that are in no mean, since the model returned NaN
+            or infinity for them; in no checkpoint.
         writers: () int64 buffer, the ranks that fed what is pending, as bits; in no checkpoint.
         format_version: () int64 buffer, of the checkpoint's format.
 
@@ -82,6 +86,7 @@ class DynamicAssigner(nn.Module):
     class_counts: Tensor
     combined_counts: Tensor
     pending_counts: Tensor
+    lost_counts: Tensor
     class_sums: Tensor | None
     frozen: Tensor
     prices: Tensor
@@ -96,10 +101,10 @@ class DynamicAssigner(nn.Module):
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        if momentum is not None and not 0.0 <= momentum < 1.0:
-            raise ArgumentError(f"momentum is the weight of the old mean and must lie in [0, 1), got {momentum}.")
-        if solver not in get_args(AssignmentMethod):
-            raise ArgumentError(f"solver must be one of {get_args(AssignmentMethod)}, got {solver!r}.")
+        momentum = (
+            None if momentum is None else share(momentum, "momentum, the weight of the old mean,", below_one=True)
+        )
+        choice(solver, "solver", get_args(AssignmentMethod))
         check_member(process_group)
         # In a tuple, so that the model does not become a submodule of the criterion.
         self._heads = require_heads(source)
@@ -117,6 +122,7 @@ class DynamicAssigner(nn.Module):
         self.register_buffer("format_version", format_version().to(means.device))
         # Of the samples since the last step: what each rank weighs by when ranks are combined.
         self.register_buffer("pending_counts", means.new_zeros(head.num_classes))
+        self.register_buffer("lost_counts", means.new_zeros(head.num_classes), persistent=False)
         self.register_buffer("class_sums", torch.zeros_like(means) if momentum is None else None)
         # Where the next matching starts from. It saves time and decides nothing: not part of the state_dict.
         prices = torch.zeros(head.bank.num_prototypes, dtype=torch.float32, device=means.device)
@@ -124,7 +130,7 @@ class DynamicAssigner(nn.Module):
         self.register_buffer("frozen", torch.zeros((), dtype=torch.bool, device=means.device))
         # Ranks that fed what is pending, as bits. Not in checkpoints: the rank that loads one need not be who saved it.
         self.register_buffer("writers", torch.zeros((), dtype=torch.int64, device=means.device), persistent=False)
-        self._equiangular = _is_equiangular(head)
+        self._equiangular = is_simplex(head.bank.prototypes)
 
     @property
     def head(self) -> HypersphericalHead:
@@ -153,50 +159,68 @@ class DynamicAssigner(nn.Module):
         Raises:
             LabelError: not labels in [0, C).
         """
-        index = torch.as_tensor(labels, dtype=torch.int64, device="cpu")
-        check_target(index, len(index), self.head.num_classes)
-        for buffer in (self.class_means, self.class_sums, self.pending_counts):
+        given = sorted(labels) if isinstance(labels, Set) else labels
+        index = as_tensor(given, "labels, a sequence of ints,", error=LabelError).detach().cpu()
+        index = index.long() if index.numel() == 0 else index
+        check_target(index, index.numel(), self.head.num_classes)
+        for buffer in (self.class_means, self.class_sums, self.pending_counts, self.lost_counts):
             if buffer is not None:
                 buffer.index_fill_(0, index.to(buffer.device), 0.0)
 
     @torch.no_grad()
-    def update(self, output: Tensor, target: Tensor) -> None:
+    def update(self, output: Tensor, target: Tensor, *, ignore_index: int = IGNORE_INDEX) -> None:
         """Feed a batch to the class means; in place.
 
-        Costs O(B D) from embeddings and O(B D^2) from logits, whose embeddings are recovered by least squares.
+        Costs O(B D) from embeddings and O(B D^2) from logits, whose embeddings are recovered by least squares. A
+        sample for which the model returned NaN or infinity is left out; `step` raises where most were.
 
         Args:
             output: what the model returned in training: logits (B, C) or embeddings (B, D).
             target: labels (B,) int64, or soft targets (B, C), whose entries, less the smallest of their row, weigh the
                 samples: the uniform part of label smoothing says nothing about a label. Where a label's weights add up
                 to less than one sample, its mean moves by that fraction of a step; below half a sample it starts none.
+            ignore_index: label of samples that feed no mean.
 
         Raises:
             ShapeError, LabelError: output or target do not fit; nothing has changed then.
+            ArgumentError: within a transform of torch.func, which allows no change of state.
         """
-        readout = self.head.read(output)
-        check_target(target, len(output), self.head.num_classes)
-        self.feed(readout, target)
+        readout, device = self.head.read(output), output.device
+        ignored = whole_number(ignore_index, "ignore_index", smallest=SMALLEST_INT)
+        self.feed(readout, read_target(target, len(output), self.head.num_classes, device, ignore_index=ignored))
 
     @torch.no_grad()
-    def feed(self, readout: Readout, target: Tensor) -> None:
+    def feed(self, readout: Readout, target: Target) -> None:
         """What `update` does with an output that has been read and a target that has been checked."""
-        if len(target) == 0:
+        if target.values.shape[0] == 0:
             return
+        if not torch.compiler.is_compiling() and not has_memory(readout.output):
+            raise ArgumentError(
+                "expected to feed the assigner outside of torch.func's transforms, which change no state. Make the "
+                "criterion from the model, and call assigner.update(output, target) outside."
+            )
         device = readout.output.device
         self._follow_device(device)
         means, sums, counts = self.class_means, self.class_sums, (self.class_counts, self.pending_counts)
         with full_precision(device):
             embeddings = readout.embeddings()
-            if target.dim() == 1:
-                update_by_labels_(means, sums, embeddings, target, momentum=self.momentum)
+            finite = torch.isfinite(embeddings).all(dim=1)  # (B,)
+            embeddings = torch.where(finite[:, None], embeddings, 0.0)
+            if target.kept is not None:
+                labels, counting = target.places(), (target.kept & finite).float()
+                embeddings = target.where_kept(embeddings, 0.0)
+                update_by_labels_(means, sums, embeddings, labels, counting, momentum=self.momentum)
                 for each in counts:
-                    each.index_add_(0, target, torch.ones_like(embeddings[:, 0]))
+                    each.index_add_(0, labels, counting)
+                self.lost_counts.index_add_(0, labels, (target.kept & ~finite).float())
             else:
-                weights = evidence(target)
+                weights = evidence(target.values)
+                lost = torch.where(finite[:, None], 0.0, weights)
+                weights = weights - lost
                 update_by_weights_(means, sums, self.pending_counts, embeddings, weights, momentum=self.momentum)
                 for each in counts:
                     each.add_(weights.sum(dim=0))
+                self.lost_counts.add_(lost.sum(dim=0))
         self.writers.bitwise_or_(bit_of_this_rank())
 
     def step(self) -> AssignmentStep:
@@ -215,8 +239,8 @@ class DynamicAssigner(nn.Module):
 
         Raises:
             HeadNotFoundError: the head is no longer part of its model.
-            AssignmentError: class means that are not finite, with their labels, or state of one rank that was written
-                over another's; the same on every rank. Means and assignment stay as they were.
+            AssignmentError: the model returned NaN or infinity for half of the samples or more, with the labels, or
+                state of one rank that was written over another's; the same on every rank. Means and assignment stay.
         """
         started = time.perf_counter()
         head = self.head
@@ -263,19 +287,19 @@ class DynamicAssigner(nn.Module):
         """Class means (C, D) of all ranks, checked, and the samples (C,) that they have seen since the last step."""
         # A rank without a batch has not followed the model yet, and NCCL takes no tensor of the CPU.
         self._follow_device(self.head.assignment.device)
-        means, total = self.class_means, self.pending_counts
+        means, total, lost = self.class_means, self.pending_counts, self.lost_counts
         checked = means
         if has_ranks(self.process_group):
             sums = means * total[:, None] if self.class_sums is None else self.class_sums.clone()
             overwritten = ((self.writers & ~bit_of_this_rank()) != 0).float()
-            total = total.clone()
-            add_up_ranks([sums, total, overwritten], means.device, process_group=self.process_group)
+            total, lost = total.clone(), lost.clone()
+            add_up_ranks([sums, total, lost, overwritten], means.device, process_group=self.process_group)
             _check_not_overwritten(overwritten)
             checked = sums
             # A label that has but slivers, on all ranks together, starts no mean; with a momentum none was started.
             moved = total > 0 if self.class_sums is None else is_seen(total)
             means = torch.where(moved[:, None], normalise(sums), means)
-        _check_finite(checked, total)
+        check_finite(checked, total, lost)
         return means, total
 
     @torch.no_grad()
@@ -285,6 +309,7 @@ class DynamicAssigner(nn.Module):
         self.combined_counts.add_(total)
         self.class_counts.copy_(self.combined_counts)
         self.pending_counts.zero_()
+        self.lost_counts.zero_()
         self.writers.zero_()
         if self.class_sums is not None:
             self.class_sums.zero_()
@@ -323,21 +348,3 @@ def _check_not_overwritten(num_ranks: Tensor) -> None:
             "broadcast_buffers=False), or keep the assigner, and the criterion that holds it, outside of what is "
             "wrapped."
         )
-
-
-def _check_finite(rows: Tensor, counts: Tensor) -> None:
-    finite = torch.isfinite(rows).all(dim=1) & torch.isfinite(counts)
-    if not bool(finite.all()):
-        labels = torch.nonzero(~finite).flatten().tolist()
-        raise AssignmentError(
-            f"the class means of {len(labels)} labels are not finite: {labels[:10]}. The model returned NaN or "
-            "infinite values for them; the assignment is unchanged. Find the cause (learning rate, half "
-            "precision), then let the assigner forget them: assigner.forget(labels)."
-        )
-
-
-def _is_equiangular(head: HypersphericalHead) -> bool:
-    if head.bank.num_prototypes > head.dim + 1:
-        return False
-    # Only a simplex reaches Rankin's bound in every row.
-    return bool((largest_cosines(head.bank.prototypes) + 1.0 / (head.bank.num_prototypes - 1)).abs().max() < 1e-5)

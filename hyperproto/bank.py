@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hyperproto.arguments import matrix, seed_number, whole_number
 from hyperproto.constructions import CONSTRUCTIONS, choose_method
 from hyperproto.constructions.class_vectors import class_vector_points
-from hyperproto.errors import BankError, ShapeError
+from hyperproto.errors import BankError
 from hyperproto.precision import keeping_dtype
 from hyperproto.separation import BankReport, report_separation
 from hyperproto.sphere import normalise
@@ -72,9 +73,12 @@ class PrototypeBank(nn.Module):
         half_space: bool = False,
     ) -> None:
         super().__init__()
+        num_prototypes = whole_number(num_prototypes, "num_prototypes", error=BankError)
+        dim = whole_number(dim, "dim", error=BankError)
+        seed = seed_number(seed)
         if method == "auto":
             method = choose_method(num_prototypes, dim)
-        if method not in CONSTRUCTIONS:
+        if not isinstance(method, str) or method not in CONSTRUCTIONS:
             known = ", ".join(repr(name) for name in ("auto", *CONSTRUCTIONS))
             raise BankError(
                 f"expected a method among {known}, got {method!r}. For prototypes of your own use "
@@ -91,7 +95,7 @@ class PrototypeBank(nn.Module):
         """A bank of rows given: normalised copies, on the same device; `method` is "given".
 
         Args:
-            prototypes: (P, D) floating point, P >= 2, D >= 2, finite, no zero row.
+            prototypes: (P, D) floating point, or an array or list, P >= 2, D >= 2, finite, no zero row.
 
         Raises:
             ShapeError: not a floating matrix of at least two rows and two columns.
@@ -102,7 +106,7 @@ class PrototypeBank(nn.Module):
             tensor([[ 1.,  0.],
                     [ 0., -1.]])
         """
-        _check_matrix(prototypes, "prototypes of shape (P, D), P >= 2 and D >= 2", smallest=(2, 2))
+        prototypes = matrix(prototypes, "prototypes of shape (P, D), P >= 2 and D >= 2", smallest=(2, 2))
         unit_rows = normalise(prototypes.detach())
         # NaN compares false, so that rows of NaN or infinity are caught with the zero rows.
         pointless = torch.nonzero(~(unit_rows.norm(dim=1) > 0.5)).flatten().tolist()
@@ -127,7 +131,8 @@ class PrototypeBank(nn.Module):
         `report()` tells how close.
 
         Args:
-            vectors: (C, E) floating point, finite, C >= 2; their mean and their common length do not count.
+            vectors: (C, E) floating point, or an array or list, finite, C >= 2; their mean and their common length do
+                not count.
             dim: D >= 2, whatever E is.
 
         Raises:
@@ -144,7 +149,8 @@ class PrototypeBank(nn.Module):
         References:
             The prior: Mettes et al., NeurIPS 2019, section 3.2 (privileged information).
         """
-        _check_matrix(vectors, "class vectors of shape (C, E), C >= 2", smallest=(2, 1))
+        dim = whole_number(dim, "dim", error=BankError)
+        vectors = matrix(vectors, "class vectors of shape (C, E), C >= 2", smallest=(2, 1))
         vectors = vectors.detach().cpu().double()
         # NaN and infinity make the largest offset NaN, which compares false.
         offsets = (vectors - vectors.mean(dim=0)).norm(dim=1)
@@ -282,14 +288,8 @@ def _check_same_prototypes(expected: Tensor, got: Tensor, name: str) -> None:
         )
 
 
-def _check_matrix(matrix: Tensor, what: str, *, smallest: tuple[int, int]) -> None:
-    fits = matrix.dim() == 2 and matrix.shape[0] >= smallest[0] and matrix.shape[1] >= smallest[1]
-    if not fits or not matrix.is_floating_point():
-        raise ShapeError(f"expected {what}, in a floating dtype, got {tuple(matrix.shape)} and {matrix.dtype}.")
-
-
 def _check_energy_options(method: str, power: int, half_space: bool) -> None:
-    if power not in (0, 1, 2):
+    if power not in (0, 1, 2) or isinstance(power, bool):
         raise BankError(f"expected power to be 0, 1 or 2, got {power}.")
     if method != "energy" and (power != 2 or half_space):
         raise BankError(

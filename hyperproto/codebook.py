@@ -1,7 +1,6 @@
 """Fixed prototypes, and which of them stands for which label: all of a head but its projection."""
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
@@ -9,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hyperproto.arguments import as_tensor, choice, matrix, positive_number, whole_number
 from hyperproto.bank import PrototypeBank, has_values
 from hyperproto.checkpoint import check_format, format_version, stamp_format_
-from hyperproto.errors import ArgumentError, AssignmentError, BankError, HeadNotFoundError, ShapeError
+from hyperproto.errors import AssignmentError, BankError, HeadNotFoundError, ShapeError
 from hyperproto.matching.problem import check_assignment
 from hyperproto.precision import keeping_dtype
 from hyperproto.readout import Readout, choose_anchors
@@ -67,11 +67,10 @@ class Codebook(nn.Module):
         training_output: TrainingOutput = "logits",
     ) -> None:
         super().__init__()
-        if training_output not in get_args(TrainingOutput):
-            choices = ", ".join(map(repr, get_args(TrainingOutput)))
-            raise ArgumentError(f"training_output must be one of {choices}, got {training_output!r}.")
-        if logit_scale is not None and not (math.isfinite(logit_scale) and logit_scale > 0):
-            raise ArgumentError(f"logit_scale must be finite and positive, got {logit_scale}.")
+        choice(training_output, "training_output", get_args(TrainingOutput))
+        if logit_scale is None:
+            logit_scale = default_logit_scale(bank.prototypes, num_classes)
+        logit_scale = positive_number(logit_scale, "logit_scale")
         if bank.num_prototypes < num_classes:
             raise BankError(
                 f"expected a bank of at least {num_classes} prototypes, got {bank.num_prototypes}. "
@@ -87,11 +86,10 @@ class Codebook(nn.Module):
         self._checked: tuple[int, int] | None = (0, 0)
         self.bank = copy.deepcopy(bank) if bank.in_use else bank
         self.bank.in_use = True
-        scale = default_logit_scale(bank.prototypes, num_classes) if logit_scale is None else float(logit_scale)
         #: Where `logit_scale` began, which tells whether anything has fitted it since.
-        self.initial_logit_scale = scale
+        self.initial_logit_scale = logit_scale
         self.register_buffer("assignment", torch.arange(num_classes, device="cpu"))
-        self.register_buffer("logit_scale", torch.tensor(scale, dtype=torch.float32, device="cpu"))
+        self.register_buffer("logit_scale", torch.tensor(logit_scale, dtype=torch.float32, device="cpu"))
         self.register_buffer("format_version", format_version())
         recovers, num_anchors = training_output == "logits", min(num_classes, bank.dim)
         anchors = torch.zeros(num_anchors, device="cpu", dtype=torch.int64) if recovers else None
@@ -115,6 +113,7 @@ class Codebook(nn.Module):
         Raises:
             AssignmentError: anything else; the old assignment stays.
         """
+        assignment = as_tensor(assignment, "an assignment", error=AssignmentError)
         check_assignment(assignment, self.num_classes, self.bank.num_prototypes)
         self.assignment.copy_(assignment)
         self._choose_anchors()
@@ -195,10 +194,10 @@ class Codebook(nn.Module):
             >>> labels[:, 0].tolist()
             [0, 1, 2, 3]
         """
-        if embeddings.dim() != 2 or embeddings.shape[1] != self.dim:
+        embeddings = matrix(embeddings, f"embeddings of shape (B, {self.dim})", smallest=(0, 1))
+        if embeddings.shape[1] != self.dim:
             raise ShapeError(f"expected embeddings of shape (B, {self.dim}), got {tuple(embeddings.shape)}.")
-        if not 1 <= k <= self.num_classes:
-            raise ArgumentError(f"k must lie in [1, {self.num_classes}], got {k}.")
+        k = whole_number(k, "k", smallest=1, largest=self.num_classes)
         check_unit_rows(embeddings)
         self._check_written_assignment()
         best = embeddings.new_empty((len(embeddings), 0), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Every error that the library raises on purpose.
+"""Every error that the library raises on purpose, and the warning that it gives.
 
 Each is a `HyperprotoError` and also the builtin that fits, so that both `except HyperprotoError` and
 `except ValueError` catch it. A message says what was expected, what came and what to do.

@@ -11,10 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hyperproto.arguments import (
+    SMALLEST_INT,
+    as_tensor,
+    choice,
+    numbers_by_label,
+    positive_number,
+    share,
+    whole_number,
+)
 from hyperproto.errors import ArgumentError, ShapeError
 from hyperproto.matching.solve import AssignmentSolution, solve_assignment
 from hyperproto.sphere import hyperspherical_energy
-from hyperproto.targets import check_target, count_own_label, is_seen, to_look_up
+from hyperproto.targets import IGNORE_INDEX, Target, count_own_label, is_seen, read_target, to_look_up
 
 __all__ = [
     "AssignmentSolution",
@@ -23,7 +32,6 @@ __all__ = [
     "hyperspherical_energy",
     "long_tail_loss",
     "prototype_cross_entropy",
-    "pull_loss",
     "solve_assignment",
     "squared_class_lengths",
 ]
@@ -33,11 +41,13 @@ Reduction = Literal["mean", "sum", "none"]
 #: Asked for once: in a compiled loss `get_args` is a graph break in torch 2.6.
 REDUCTIONS = get_args(Reduction)
 
-#: What no label is. `F.cross_entropy` drops its default, -100, without a word where nothing has checked the range.
+#: What no label is: for fits, which ignore no sample.
 NO_LABEL = -(2**63)
 
 
-def balanced_loss(cosines: Tensor, target: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+def balanced_loss(
+    cosines: Tensor, target: Tensor, *, ignore_index: int = IGNORE_INDEX, reduction: Reduction = "mean"
+) -> Tensor:
     r"""Squared pull of each sample towards the prototype of its label.
 
     $$ \ell_b = \left(1 - \langle z_b, w_{\sigma(y_b)} \rangle\right)^2 $$
@@ -47,6 +57,7 @@ def balanced_loss(cosines: Tensor, target: Tensor, *, reduction: Reduction = "me
     Args:
         cosines: (B, C).
         target: labels (B,) int64 or soft targets (B, C).
+        ignore_index: label of samples that do not count: their loss is 0, and the mean is over the others.
         reduction: "mean" keeps the learning rate independent of the batch size; the papers take the "sum".
 
     Returns:
@@ -63,12 +74,17 @@ def balanced_loss(cosines: Tensor, target: Tensor, *, reduction: Reduction = "me
     References:
         Mettes et al., NeurIPS 2019, eq. 5; Saadabadi et al., CVPR 2024 (balanced data).
     """
-    _check_cosines(cosines, target)
-    return pull_loss(_at_labels(cosines, target), target, reduction=reduction)
+    cosines, checked = _read(cosines, target, ignore_index)
+    return pull_loss(_at_labels(cosines, checked), checked, reduction=reduction)
 
 
 def long_tail_loss(
-    cosines: Tensor, target: Tensor, *, class_counts: Tensor | None = None, reduction: Reduction = "mean"
+    cosines: Tensor,
+    target: Tensor,
+    *,
+    class_counts: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Dot regression: the squared pull, with classes weighed by the inverse of their frequency.
 
@@ -78,6 +94,7 @@ def long_tail_loss(
         cosines: (B, C).
         target: labels (B,) int64 or soft targets (B, C).
         class_counts: (C,) training samples of each class; by default the counts of this batch.
+        ignore_index: label of samples that do not count: their loss is 0, and the mean is over the others.
         reduction: "mean" (as in the papers), "sum" or "none".
 
     Returns:
@@ -95,12 +112,12 @@ def long_tail_loss(
     References:
         Yang et al., NeurIPS 2022, eq. 9 (dot regression); Saadabadi et al., CVPR 2024 (long-tailed data).
     """
-    _check_cosines(cosines, target)
+    cosines, checked = _read(cosines, target, ignore_index)
     if class_counts is None:
-        lengths = batch_squared_lengths(target)
+        lengths = batch_squared_lengths(checked.values, ignore_index=ignore_index)
     else:
-        lengths = _at_labels(squared_class_lengths(class_counts, cosines.shape[1])[None].to(cosines.device), target)
-    return pull_loss(_at_labels(cosines, target), target, 0.5 * lengths, reduction=reduction)
+        lengths = _at_labels(squared_class_lengths(class_counts, cosines.shape[1])[None].to(cosines.device), checked)
+    return pull_loss(_at_labels(cosines, checked), checked, 0.5 * lengths, reduction=reduction)
 
 
 def prototype_cross_entropy(
@@ -109,6 +126,8 @@ def prototype_cross_entropy(
     *,
     scale: float = 16.0,
     label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Cross-entropy over scaled cosines with fixed prototypes ("ETF + CE").
@@ -120,6 +139,9 @@ def prototype_cross_entropy(
         target: labels (B,) int64 or soft targets (B, C).
         scale: s > 0, the inverse temperature.
         label_smoothing: share of the target spread evenly over all classes, in [0, 1].
+        weight: (C,) weights of the labels, not negative; the mean is then that of `torch.nn.CrossEntropyLoss`: labels
+            are divided by the sum of their weights, soft targets by the number of samples.
+        ignore_index: label of samples that do not count: their loss is 0, and the mean is over the others.
         reduction: "mean", "sum" or "none".
 
     Returns:
@@ -127,6 +149,7 @@ def prototype_cross_entropy(
 
     Raises:
         LabelError, ShapeError: target does not fit.
+        ArgumentError: an option outside its range.
 
     Examples:
         >>> prototype_cross_entropy(torch.zeros(1, 4), torch.tensor([2])).exp()
@@ -135,23 +158,47 @@ def prototype_cross_entropy(
     References:
         Shen et al., arXiv 2303.11637 (equiangular basis vectors).
     """
-    _check_cosines(cosines, target)
-    return scaled_cross_entropy(cosines, target, scale=scale, label_smoothing=label_smoothing, reduction=reduction)
+    cosines, checked = _read(cosines, target, ignore_index)
+    return scaled_cross_entropy(
+        cosines,
+        checked.values,
+        scale=positive_number(scale, "scale"),
+        label_smoothing=share(label_smoothing, "label_smoothing"),
+        weight=None if weight is None else class_weights(weight, cosines.shape[1]).to(cosines.device),
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
 
 
 def scaled_cross_entropy(
-    cosines: Tensor, target: Tensor, *, scale: float, label_smoothing: float, reduction: Reduction
+    cosines: Tensor,
+    target: Tensor,
+    *,
+    scale: float,
+    label_smoothing: float,
+    reduction: Reduction,
+    weight: Tensor | None = None,
+    ignore_index: int = NO_LABEL,
 ) -> Tensor:
     """`prototype_cross_entropy` of what has been checked."""
-    target = to_look_up(target, cosines.shape[1]) if target.dim() == 1 else target.float()
+    is_soft = target.dim() == 2
+    kept = target != ignore_index
     losses = F.cross_entropy(
-        scale * cosines.float(), target, reduction="none", label_smoothing=label_smoothing, ignore_index=NO_LABEL
+        scale * cosines.float(),
+        target.float() if is_soft else torch.where(kept, to_look_up(target, cosines.shape[1]), target),
+        weight=weight,
+        reduction="none",
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
     )
-    return _reduce(losses, reduction)
+    if is_soft:
+        return _reduce(losses, reduction)
+    shares = kept if weight is None else torch.where(kept, weight[torch.where(kept, target, 0)], 0.0)
+    return _reduce(losses, reduction, shares)
 
 
 def pull_loss(
-    selected: Tensor, target: Tensor, weights: Tensor | None = None, *, reduction: Reduction = "mean"
+    selected: Tensor, target: Target, weights: Tensor | None = None, *, reduction: Reduction = "mean"
 ) -> Tensor:
     r"""What the pull losses share.
 
@@ -159,19 +206,20 @@ def pull_loss(
 
     Args:
         selected: (B, 1) cosine with the own label's prototype, or (B, C) all cosines for soft targets.
-        target: labels (B,), for which every t is 1, or soft targets t (B, C).
+        target: labels, for which every t is 1, or soft targets t.
         weights: a, broadcastable to `selected`; 1 by default.
         reduction: "mean", "sum" or "none".
     """
-    losses = (1.0 - selected.float()).square()
+    # An ignored sample lies on its prototype: no loss, and no gradient, whatever the model returned for it.
+    losses = (1.0 - target.where_kept(selected.float(), 1.0)).square()
     if weights is not None:
         losses = losses * weights
-    if target.dim() == 2:
-        losses = losses * target.float()
-    return _reduce(losses.sum(dim=1), reduction)
+    if target.kept is None:
+        losses = losses * target.values.float()
+    return _reduce(losses.sum(dim=1), reduction, target.kept)
 
 
-def batch_squared_lengths(target: Tensor) -> Tensor:
+def batch_squared_lengths(target: Tensor, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
     r"""Squared class lengths $E_c^2 = \gamma / \max(n_c, 1)$, $\gamma = B /$ (classes present), from one batch.
 
     A class is present from half a sample on (`targets.is_seen`), and no count is below one: slivers of a label, as
@@ -179,9 +227,10 @@ def batch_squared_lengths(target: Tensor) -> Tensor:
 
     Args:
         target: labels (B,) or soft targets (B, C), whose sums are the counts n.
+        ignore_index: label of samples that do not count.
 
     Returns:
-        (B, 1) for labels, each sample's own; (1, C) for soft targets.
+        (B, 1) for labels, each sample's own (any number for ignored ones); (1, C) for soft targets.
 
     Examples:
         >>> batch_squared_lengths(torch.tensor([0, 0, 1])).flatten()
@@ -189,9 +238,11 @@ def batch_squared_lengths(target: Tensor) -> Tensor:
     """
     if target.dim() == 1:
         own_counts = count_own_label(target)
+        kept = target != ignore_index
         # Every class present adds n_c samples of 1 / n_c each.
-        num_present = own_counts.reciprocal().sum()
-        return (target.shape[0] / (num_present * own_counts))[:, None]
+        num_present = (kept / own_counts).sum()
+        # The floor is for a batch of ignored samples only.
+        return (kept.sum() / (num_present.clamp_min(0.5) * own_counts))[:, None]
     counts = target.float().sum(dim=0, keepdim=True)  # (1, C)
     num_present = is_seen(counts).sum().clamp_min(1)
     return target.shape[0] / (num_present * counts.clamp_min(1.0))
@@ -214,9 +265,7 @@ def squared_class_lengths(class_counts: Tensor, num_classes: int) -> Tensor:
         >>> squared_class_lengths(torch.tensor([30, 10]), 2)
         tensor([0.6667, 2.0000])
     """
-    counts = torch.as_tensor(class_counts).detach().cpu().double()
-    if counts.shape != (num_classes,):
-        raise ArgumentError(f"class_counts must have shape ({num_classes},), got {tuple(counts.shape)}.")
+    counts = numbers_by_label(class_counts, "class_counts", num_classes)
     if not bool((torch.isfinite(counts) & (counts > 0)).all()):
         wrong = torch.nonzero(~(torch.isfinite(counts) & (counts > 0))).flatten()[:5].tolist()
         raise ArgumentError(
@@ -226,30 +275,53 @@ def squared_class_lengths(class_counts: Tensor, num_classes: int) -> Tensor:
     return (counts.sum() / (num_classes * counts)).float()
 
 
+def class_weights(weight: Tensor, num_classes: int) -> Tensor:
+    """(C,) float32 weights of the labels.
+
+    Raises:
+        ArgumentError: not C finite numbers that are not negative, one of them positive.
+    """
+    weights = numbers_by_label(weight, "weight", num_classes)
+    if not bool((torch.isfinite(weights) & (weights >= 0)).all() and weights.any()):
+        raise ArgumentError(
+            f"weight must be finite and not negative, and positive for one label at least, got values from "
+            f"{float(weights.min()):g} to {float(weights.max()):g}."
+        )
+    return weights.float()
+
+
 def check_reduction(reduction: Reduction) -> None:
     """Raise ArgumentError unless `reduction` is "mean", "sum" or "none"."""
-    if reduction not in REDUCTIONS:
-        raise ArgumentError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}.")
+    choice(reduction, "reduction", REDUCTIONS)
 
 
-def _check_cosines(cosines: Tensor, target: Tensor) -> None:
-    if cosines.dim() != 2:
-        raise ShapeError(f"expected cosines of shape (B, C), got {tuple(cosines.shape)}.")
-    check_target(target, *cosines.shape)
+def _read(cosines: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Target]:
+    cosines = as_tensor(cosines, "cosines of shape (B, C)")
+    if cosines.dim() != 2 or not cosines.is_floating_point():
+        raise ShapeError(
+            f"expected cosines of shape (B, C), in a floating dtype, got {tuple(cosines.shape)} and {cosines.dtype}."
+        )
+    ignored = whole_number(ignore_index, "ignore_index", smallest=SMALLEST_INT)
+    return cosines, read_target(target, len(cosines), cosines.shape[1], cosines.device, ignore_index=ignored)
 
 
-def _at_labels(values: Tensor, target: Tensor) -> Tensor:
+def _at_labels(values: Tensor, target: Target) -> Tensor:
     """(B, C) or (1, C) values -> (B, 1), those of each sample's label; all of them for soft targets."""
-    if target.dim() == 2:
+    if target.kept is None:
         return values
-    return values.expand(len(target), -1).gather(1, to_look_up(target, values.shape[1])[:, None])
+    places = to_look_up(target.places(), values.shape[1])
+    return values.expand(target.values.shape[0], -1).gather(1, places[:, None])
 
 
-def _reduce(losses: Tensor, reduction: Reduction) -> Tensor:
+def _reduce(losses: Tensor, reduction: Reduction, shares: Tensor | None = None) -> Tensor:
+    """The mean is over the samples or, where these count by shares (B,), over the sum of the shares."""
     check_reduction(reduction)
     if reduction == "none":
         return losses
     if reduction == "sum":
         return losses.sum()
     # The mean of nothing would be NaN, and its gradient with it.
-    return losses.sum() / max(len(losses), 1)
+    if shares is None:
+        return losses.sum() / max(losses.shape[0], 1)
+    total = shares.sum()
+    return losses.sum() / torch.where(total > 0, total, 1)

@@ -5,6 +5,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from hyperproto.arguments import choice, module, seed_number, shown, whole_number
 from hyperproto.bank import PrototypeBank
 from hyperproto.codebook import Codebook, TrainingOutput, check_shared_bank
 from hyperproto.errors import ArgumentError, BankError, HeadNotFoundError, NotLinearError
@@ -95,16 +96,18 @@ class HypersphericalHead(Codebook):
         training_output: TrainingOutput = "logits",
         seed: int = 0,
     ) -> None:
-        if in_features < 1 or num_classes < 2:
-            raise ArgumentError(
-                f"expected in_features >= 1 and num_classes >= 2, got in_features={in_features} and "
-                f"num_classes={num_classes}."
+        in_features = whole_number(in_features, "in_features", smallest=1)
+        num_classes = whole_number(num_classes, "num_classes", smallest=2)
+        seed = seed_number(seed)
+        choice(projection, "projection", get_args(Projection))
+        if not isinstance(bank, str | PrototypeBank):
+            raise BankError(
+                f"expected bank to be a method's name or a PrototypeBank, got {shown(bank)}. Rows of your own make one "
+                "by PrototypeBank.from_tensor(rows)."
             )
-        if projection not in get_args(Projection):
-            choices = ", ".join(map(repr, get_args(Projection)))
-            raise ArgumentError(f"projection must be one of {choices}, got {projection!r}.")
         if dim is None:
             dim = bank.dim if isinstance(bank, PrototypeBank) else in_features
+        dim = whole_number(dim, "dim")
         if projection == "none" and dim != in_features:
             raise ArgumentError(
                 f'projection="none" needs dim == in_features, got dim={dim} and in_features={in_features}. '
@@ -190,7 +193,7 @@ def get_heads(model: nn.Module) -> dict[str, HypersphericalHead]:
         >>> list(get_heads(nn.Sequential(nn.Flatten(), HypersphericalHead(8, 4))))
         ['1']
     """
-    return {name: module for name, module in model.named_modules() if isinstance(module, HypersphericalHead)}
+    return {name: each for name, each in module(model).named_modules() if isinstance(each, HypersphericalHead)}
 
 
 def require_heads(model: nn.Module) -> tuple[HypersphericalHead, ...]:

@@ -7,12 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from hyperproto.arguments import SMALLEST_INT, numbers_by_label, positive_number, share, whole_number
 from hyperproto.assigner import DynamicAssigner
-from hyperproto.errors import ArgumentError
 from hyperproto.functional import (
     Reduction,
     batch_squared_lengths,
     check_reduction,
+    class_weights,
     pull_loss,
     scaled_cross_entropy,
     squared_class_lengths,
@@ -20,7 +21,11 @@ from hyperproto.functional import (
 from hyperproto.head import HypersphericalHead, require_heads
 from hyperproto.precision import keeping_dtype
 from hyperproto.readout import Readout
-from hyperproto.targets import check_target
+from hyperproto.targets import IGNORE_INDEX, Target, is_seen, largest_total, read_target
+from hyperproto.telling import tell
+
+#: Soft targets of a sample may add up to this: sums of a thousand shares in bfloat16 are off 1 by less.
+LARGEST_TOTAL = 1.05
 
 
 class PrototypeLoss(nn.Module):
@@ -28,13 +33,16 @@ class PrototypeLoss(nn.Module):
 
     Args:
         source: a `DynamicAssigner` (it is then fed with every training batch), a converted model, or a head.
+        ignore_index: label of samples that do not count, in no class mean either; the mean is over the others.
         reduction: "mean", "sum" (as in the papers' code) or "none".
     """
 
-    def __init__(self, source: nn.Module, *, reduction: Reduction = "mean") -> None:
+    def __init__(self, source: nn.Module, *, ignore_index: int = IGNORE_INDEX, reduction: Reduction = "mean") -> None:
         super().__init__()
         check_reduction(reduction)
+        self.ignore_index = whole_number(ignore_index, "ignore_index", smallest=SMALLEST_INT)
         self.reduction: Reduction = reduction
+        self._total_told = False
         self.assigner = source if isinstance(source, DynamicAssigner) else None
         # In a tuple, so that the model does not become a submodule of the criterion.
         self._heads = (source.head,) if isinstance(source, DynamicAssigner) else require_heads(source)
@@ -52,7 +60,7 @@ class PrototypeLoss(nn.Module):
 
         Args:
             output: (B, C) logits or (B, D) embeddings.
-            target: labels (B,) int64 or soft targets (B, C).
+            target: labels (B,) int64 or soft targets (B, C) whose rows add up to 1.
 
         Returns:
             () or, for reduction "none", (B,) float32.
@@ -61,10 +69,13 @@ class PrototypeLoss(nn.Module):
             ShapeError, LabelError: output or target do not fit; nothing has changed then.
         """
         readout = self.head.read(output)
-        check_target(target, len(output), self.head.num_classes)
-        loss = self._loss(readout, target)
+        checked = read_target(
+            target, output.shape[0], self.head.num_classes, output.device, ignore_index=self.ignore_index
+        )
+        self._check_total(checked)
+        loss = self._loss(readout, checked)
         if self.assigner is not None and self.training and self.head.training and torch.is_grad_enabled():
-            self.assigner.feed(readout, target)
+            self.assigner.feed(readout, checked)
         return loss
 
     def extra_repr(self) -> str:
@@ -74,13 +85,35 @@ class PrototypeLoss(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrototypeLoss:
         return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
 
-    def _loss(self, readout: Readout, target: Tensor) -> Tensor:
+    def _check_total(self, target: Target) -> None:
+        """Tell, once, of soft targets that are no shares: the loss would be as many times too large."""
+        if self._total_told or target.kept is not None:
+            return
+        total = largest_total(target)
+        if total > LARGEST_TOTAL:
+            self._total_told = True
+            tell(
+                f"expected soft targets whose rows add up to 1, got a row that adds up to {total:g}: the loss is as "
+                "many times too large. Divide them: target / target.sum(dim=1, keepdim=True)."
+            )
+
+    def _loss(self, readout: Readout, target: Target) -> Tensor:
         raise NotImplementedError
 
 
-def _selected_cosines(readout: Readout, target: Tensor) -> Tensor:
+def _selected_cosines(readout: Readout, target: Target) -> Tensor:
     """(B, 1) with the own label's prototype, or (B, C) with all for soft targets."""
-    return readout.own_cosines(target) if target.dim() == 1 else readout.cosines()
+    return readout.cosines() if target.kept is None else readout.own_cosines(target.places())
+
+
+def _check_evidence(class_counts: Tensor) -> None:
+    """Tell of a label that next to no sample has, beside others that have some; shares of all samples are below 1."""
+    if class_counts.max() >= 1.0 and not bool(is_seen(class_counts).all()):
+        tell(
+            f"expected class_counts of samples, or shares of all samples, got values from {class_counts.min():g} to "
+            f"{class_counts.max():g}: a label with less than half a sample weighs {class_counts.max():g} / "
+            f"{class_counts.min():g} times as much as others. Leave classes without training samples out of the head."
+        )
 
 
 class BalancedLoss(PrototypeLoss):
@@ -90,6 +123,7 @@ class BalancedLoss(PrototypeLoss):
 
     Args:
         source: a `DynamicAssigner` (fed by the loss), a converted model, or a head.
+        ignore_index: label of samples that do not count, in no class mean either; the mean is over the others.
         reduction: "mean", "sum" (as in the papers) or "none".
 
     Examples:
@@ -102,7 +136,7 @@ class BalancedLoss(PrototypeLoss):
         Mettes et al., NeurIPS 2019, eq. 5; Saadabadi et al., CVPR 2024.
     """
 
-    def _loss(self, readout: Readout, target: Tensor) -> Tensor:
+    def _loss(self, readout: Readout, target: Target) -> Tensor:
         return pull_loss(_selected_cosines(readout, target), target, reduction=self.reduction)
 
 
@@ -113,7 +147,9 @@ class LongTailLoss(PrototypeLoss):
 
     Args:
         source: a `DynamicAssigner` (fed by the loss), a converted model, or a head.
-        class_counts: (C,) training samples of each class, all positive; None takes the counts of each batch.
+        class_counts: (C,) training samples of each class, all positive, or a dictionary or Counter of them by label;
+            None takes the counts of each batch.
+        ignore_index: label of samples that do not count, in no class mean either; the mean is over the others.
         reduction: "mean" (as in the papers), "sum" or "none".
 
     Raises:
@@ -131,21 +167,31 @@ class LongTailLoss(PrototypeLoss):
 
     squared_lengths: Tensor | None
 
-    def __init__(self, source: nn.Module, *, class_counts: Tensor | None = None, reduction: Reduction = "mean") -> None:
-        super().__init__(source, reduction=reduction)
+    def __init__(
+        self,
+        source: nn.Module,
+        *,
+        class_counts: Tensor | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__(source, ignore_index=ignore_index, reduction=reduction)
         lengths = None if class_counts is None else squared_class_lengths(class_counts, self.head.num_classes)
         self.register_buffer("squared_lengths", lengths, persistent=False)
+        if lengths is not None:
+            _check_evidence(numbers_by_label(class_counts, "class_counts", len(lengths)))
 
-    def _loss(self, readout: Readout, target: Tensor) -> Tensor:
+    def _loss(self, readout: Readout, target: Target) -> Tensor:
         weights = 0.5 * self._squared_lengths_for(target, readout.output.device)
         return pull_loss(_selected_cosines(readout, target), target, weights, reduction=self.reduction)
 
-    def _squared_lengths_for(self, target: Tensor, device: torch.device) -> Tensor:
+    def _squared_lengths_for(self, target: Target, device: torch.device) -> Tensor:
         if self.squared_lengths is None:
-            return batch_squared_lengths(target)
+            return batch_squared_lengths(target.values, ignore_index=target.ignore_index)
         if self.squared_lengths.device != device:
             self.to(device)
-        return self.squared_lengths.gather(0, target)[:, None] if target.dim() == 1 else self.squared_lengths[None]
+        lengths = self.squared_lengths
+        return lengths[None] if target.kept is None else lengths.gather(0, target.places())[:, None]
 
 
 class PrototypeCrossEntropyLoss(PrototypeLoss):
@@ -158,10 +204,13 @@ class PrototypeCrossEntropyLoss(PrototypeLoss):
         scale: inverse temperature s > 0 of the loss; independent of the head's `logit_scale`. Probabilities are
             those of the latter: `fit_logit_scale` afterwards.
         label_smoothing: in [0, 1].
+        weight: (C,) weights of the labels, or a dictionary of them by label; the mean is then that of
+            `torch.nn.CrossEntropyLoss`.
+        ignore_index: label of samples that do not count, in no class mean either; the mean is over the others.
         reduction: "mean", "sum" or "none".
 
     Raises:
-        ArgumentError: scale or label_smoothing out of range.
+        ArgumentError: an option out of range.
 
     Examples:
         >>> head = HypersphericalHead(8, 4, dim=3)
@@ -173,27 +222,33 @@ class PrototypeCrossEntropyLoss(PrototypeLoss):
         Shen et al., arXiv 2303.11637.
     """
 
+    weight: Tensor | None
+
     def __init__(
         self,
         source: nn.Module,
         *,
         scale: float = 16.0,
         label_smoothing: float = 0.0,
+        weight: Tensor | None = None,
+        ignore_index: int = IGNORE_INDEX,
         reduction: Reduction = "mean",
     ) -> None:
-        super().__init__(source, reduction=reduction)
-        if not 0.0 < scale < float("inf"):
-            raise ArgumentError(f"scale must be finite and positive, got {scale}.")
-        if not 0.0 <= label_smoothing <= 1.0:
-            raise ArgumentError(f"label_smoothing must lie in [0, 1], got {label_smoothing}.")
-        self.scale = scale
-        self.label_smoothing = label_smoothing
+        super().__init__(source, ignore_index=ignore_index, reduction=reduction)
+        self.scale = positive_number(scale, "scale")
+        self.label_smoothing = share(label_smoothing, "label_smoothing")
+        weights = None if weight is None else class_weights(weight, self.head.num_classes)
+        self.register_buffer("weight", weights, persistent=False)
 
-    def _loss(self, readout: Readout, target: Tensor) -> Tensor:
+    def _loss(self, readout: Readout, target: Target) -> Tensor:
+        if self.weight is not None and self.weight.device != readout.output.device:
+            self.to(readout.output.device)
         return scaled_cross_entropy(
             readout.cosines(),
-            target,
+            target.values,
             scale=self.scale,
             label_smoothing=self.label_smoothing,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
             reduction=self.reduction,
         )

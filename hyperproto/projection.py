@@ -86,8 +86,9 @@ class RowBatchNorm(nn.BatchNorm1d):
     """Batch norm in float32, whatever the model's dtype.
 
     A batch of fewer than two rows has no variance: the running statistics serve it, as in eval mode, where
-    `nn.BatchNorm1d` raises. With `track_running_stats` switched off they stay as they are in train mode, and where
-    there are none the batch's serve in eval mode too, both as in `nn.BatchNorm1d`.
+    `nn.BatchNorm1d` raises. A batch with infinity or NaN leaves the running statistics as they were. With
+    `track_running_stats` switched off they stay as they are in train mode, and where there are none the batch's serve
+    in eval mode too, both as in `nn.BatchNorm1d`.
 
     Examples:
         >>> RowBatchNorm(3)(torch.ones(1, 3)).shape
@@ -163,10 +164,19 @@ def _batch_norm(
     if of_batch and not tracked:
         running_mean, running_var, num_batches_tracked = None, None, None
     share = 0.0 if momentum is None else momentum
-    if training and of_batch and num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-        if momentum is None:  # a plain average over batches, which torch.optim.swa_utils.update_bn asks for
-            share = 1.0 / float(num_batches_tracked)
+    features = features.float()
     # Parameters in another dtype are what fully_shard's mixed precision makes of them.
     weight, bias = weight.float(), bias.float()
-    return F.batch_norm(features.float(), running_mean, running_var, weight, bias, of_batch, share, eps)
+    if not of_batch or running_mean is None or running_var is None:
+        return F.batch_norm(features, running_mean, running_var, weight, bias, of_batch, share, eps)
+    # A batch that is not finite, such as a gradient scaler skips, would leave its trace for ever.
+    finite = torch.isfinite(features).all()
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(finite.to(num_batches_tracked.dtype))
+        if momentum is None:  # a plain average over batches, which torch.optim.swa_utils.update_bn asks for
+            share = 1.0 / max(float(num_batches_tracked), 1.0)
+    new_mean, new_var = running_mean.clone(), running_var.clone()
+    rows = F.batch_norm(features, new_mean, new_var, weight, bias, of_batch, share, eps)
+    running_mean.copy_(torch.where(finite, new_mean, running_mean))
+    running_var.copy_(torch.where(finite, new_var, running_var))
+    return rows

@@ -106,3 +106,12 @@ def _largest_cosines(prototypes: Tensor, method: str) -> tuple[float, float, str
     else:
         row_maxima, source = sampled_largest_cosines(prototypes, SAMPLED_PROTOTYPES), "sample"
     return min(1.0, max(-1.0, float(row_maxima.max()))), float(row_maxima.mean()), source
+
+
+def is_simplex(prototypes: Tensor) -> bool:
+    """Whether unit rows (P, D) are all at one angle from each other, as far apart as P rows can be."""
+    num_prototypes, dim = prototypes.shape
+    if num_prototypes > dim + 1:
+        return False
+    # Only a simplex reaches Rankin's bound in every row.
+    return bool((largest_cosines(prototypes) + 1.0 / (num_prototypes - 1)).abs().max() < 1e-5)

@@ -3,30 +3,91 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hyperproto.arguments import as_tensor
 from hyperproto.errors import LabelError, ShapeError
+
+#: The label of samples that do not count, as in `torch.nn.CrossEntropyLoss`.
+IGNORE_INDEX = -100
 
 #: Samples, or summed weights, from which on a label counts as seen.
 SMALLEST_EVIDENCE = 0.5
 
 
-def check_target(target: Tensor, num_samples: int, num_classes: int) -> None:
+class Target(NamedTuple):
+    """The target of a batch, checked.
+
+    Attributes:
+        values: labels (B,) int64 or soft targets (B, C).
+        kept: (B,) bool, the samples that are not ignored; None for soft targets, which ignore none.
+        ignore_index: the label of ignored samples.
+    """
+
+    values: Tensor
+    kept: Tensor | None
+    ignore_index: int
+
+    def places(self) -> Tensor:
+        """(B,) labels to gather by: 0 in the place of ignored ones, whose rows `where_kept` overwrites."""
+        return self.where_kept(self.values, 0)
+
+    def where_kept(self, values: Tensor, other: float) -> Tensor:
+        """(B,) or (B, N) values, and another one in the rows of ignored samples."""
+        if self.kept is None:
+            return values
+        return torch.where(self.kept if values.dim() == 1 else self.kept[:, None], values, other)
+
+
+def read_target(
+    target: object, num_samples: int, num_classes: int, device: torch.device, *, ignore_index: int = IGNORE_INDEX
+) -> Target:
+    """What a target says of each sample of an output; raises as `check_target` does.
+
+    Args:
+        target: labels (B,) or soft targets (B, C); a list or an array is copied to the device.
+        num_samples: B.
+        num_classes: C.
+        device: of the output.
+        ignore_index: the label of samples that do not count.
+
+    Raises:
+        LabelError: also where a tensor is on another device than the output.
+    """
+    if not isinstance(target, Tensor):
+        target = as_tensor(target, "the target", error=LabelError).to(device)
+        if target.dim() == 1 and not (target.is_floating_point() or target.dtype == torch.bool):
+            target = target.long()
+    check_target(target, num_samples, num_classes, ignore_index=ignore_index)
+    if target.device != device:
+        raise LabelError(
+            f"expected a target on the device of the output, {device}, got one on {target.device}. "
+            f'Move it: target.to("{device}").'
+        )
+    if target.dim() == 2:
+        return Target(target, None, ignore_index)
+    return Target(target, target != ignore_index, ignore_index)
+
+
+def check_target(target: Tensor, num_samples: int, num_classes: int, *, ignore_index: int | None = None) -> None:
     """Raise unless `target` holds labels (B,) or soft targets (B, C) for this many samples and classes.
 
     Shapes and dtypes are always checked. The range of the values is checked on the CPU only: on an accelerator
     the check would wait for the device, and indexing out of range fails loudly there by itself.
 
     Raises:
-        LabelError: not int64 labels of shape (B,) in [0, C), nor floating soft targets of shape (B, C), finite and not
-            negative.
+        LabelError: not int64 labels of shape (B,) in [0, C) or at `ignore_index`, nor floating soft targets of shape
+            (B, C), finite and not negative; several labels for one sample.
         ShapeError: another number of samples than the output has.
     """
     if target.dim() not in (1, 2) or (target.dim() == 2 and target.shape[1] != num_classes):
+        column = target.dim() == 2 and target.shape[1] == 1
         raise LabelError(
             f"expected labels of shape (B,) or soft targets of shape (B, {num_classes}), got {tuple(target.shape)}."
+            + (" Take the column: target.squeeze(1)." if column else "")
         )
     if target.shape[0] != num_samples:
         raise ShapeError(
@@ -37,30 +98,72 @@ def check_target(target: Tensor, num_samples: int, num_classes: int) -> None:
         return
     if target.dtype != torch.int64:
         raise LabelError(f"labels (B,) must be torch.int64, got {target.dtype}; convert them with target.long().")
-    if _can_be_looked_at(target):
-        smallest, largest = (int(bound) for bound in torch.aminmax(target))
+    if can_be_looked_at(target):
+        counting = target if ignore_index is None else target[target != ignore_index]
+        smallest, largest = (int(bound) for bound in torch.aminmax(counting)) if len(counting) else (0, 0)
         if smallest < 0 or largest >= num_classes:
             raise LabelError(
                 f"labels must lie in [0, {num_classes - 1}], got values from {smallest} to {largest}. "
-                "The head was made for another number of classes, or the labels mark samples to ignore: drop those."
+                "The head was made for another number of classes, or the labels mark samples to ignore: "
+                + ("drop those." if ignore_index is None else f"ignore_index is {ignore_index} here.")
             )
 
 
 def _check_soft_targets(target: Tensor, num_classes: int) -> None:
     if not target.is_floating_point():
-        raise LabelError(f"soft targets (B, {num_classes}) must be floating point, got {target.dtype}.")
-    if _can_be_looked_at(target):
+        raise LabelError(
+            f"soft targets (B, {num_classes}) must be floating point, got {target.dtype}; convert one-hot rows with "
+            "target.float()."
+        )
+    if can_be_looked_at(target):
         smallest, largest = (float(bound) for bound in torch.aminmax(target))
         if not (smallest >= 0.0 and largest < math.inf):  # NaN compares false
             raise LabelError(
                 f"soft targets (B, {num_classes}) are shares of a sample, finite and not negative; got values from "
                 f"{smallest:g} to {largest:g}. Outputs of a teacher need a softmax first."
             )
+        # Ones, and more of them than rows: looked for only where a row can hold two.
+        if largest == 1.0 and bool((target.sum(dim=1) >= 2.0).any()) and bool(((target == 0) | (target == 1)).all()):
+            raise LabelError(
+                "expected one label for each sample, or shares that add up to 1, got rows of several ones: "
+                "multi-label targets. A sample has one place on the sphere and cannot lie on several prototypes; use "
+                "shares, target / target.sum(dim=1, keepdim=True), or another head."
+            )
 
 
-def _can_be_looked_at(target: Tensor) -> bool:
-    """Whether reading values costs nothing: on the CPU, and not while a graph is made."""
-    return target.device.type == "cpu" and target.numel() > 0 and not torch.compiler.is_compiling()
+def largest_total(target: Target) -> float:
+    """The largest sum of a sample's soft targets; 1 for labels, and where values cannot be looked at.
+
+    Examples:
+        >>> largest_total(Target(torch.tensor([[30.0, 70.0]]), None, -100))
+        100.0
+    """
+    if target.values.dim() == 1 or not can_be_looked_at(target.values):
+        return 1.0
+    return float(target.values.float().sum(dim=1).max())
+
+
+def can_be_looked_at(tensor: Tensor) -> bool:
+    """Whether reading values is possible and costs nothing: on the CPU, and not while a graph is made."""
+    return (
+        not torch.compiler.is_compiling() and tensor.device.type == "cpu" and tensor.numel() > 0 and has_memory(tensor)
+    )
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor has values of its own; those within transforms of torch.func stand for others.
+
+    Examples:
+        >>> seen = []
+        >>> _ = torch.func.vmap(lambda row: seen.append(has_memory(row)) or row)(torch.ones(2, 3))
+        >>> seen, has_memory(torch.ones(3))
+        ([False], True)
+    """
+    try:
+        tensor.data_ptr()
+    except RuntimeError:
+        return False
+    return True
 
 
 def to_look_up(labels: Tensor, num_classes: int) -> Tensor:

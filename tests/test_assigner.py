@@ -27,6 +27,7 @@ from hyperproto import (
     fit_head,
 )
 from hyperproto.functional import solve_assignment
+from hyperproto.targets import Target
 from hyperproto.testing import SEEDS, check_assignment, check_optimal, heads, label_streams
 
 
@@ -85,7 +86,9 @@ def test_without_momentum_means_are_plain_means(head, data, seed):
 def _update_with_embeddings(assigner: DynamicAssigner, embeddings: torch.Tensor, labels: torch.Tensor) -> None:
     """Feed embeddings themselves, also where C = D makes their width that of logits."""
     if assigner.head.num_classes == assigner.head.dim:
-        assigner.feed(assigner.head._readout(embeddings, is_embedding=True), labels)
+        assigner.feed(
+            assigner.head._readout(embeddings, is_embedding=True), Target(labels, torch.ones_like(labels) > 0, -100)
+        )
     else:
         assigner.update(embeddings, labels)
 
@@ -444,22 +447,44 @@ def test_bad_batches_are_refused_and_change_nothing(output, target, error, words
         assert torch.equal(value, before[name])
 
 
-@pytest.mark.parametrize("momentum", [0.9, None])
-def test_non_finite_features_are_named_at_step_and_the_old_assignment_stays(momentum):
-    head = HypersphericalHead(4, 6, dim=4, projection="none")
-    assigner = DynamicAssigner(head, momentum=momentum)
-    assigner.update(unit_rows(6, 4), torch.arange(6))
+def _non_finite_rows() -> torch.Tensor:
     features = unit_rows(3, 4)
     features[1] = float("nan")
     features[2, 0] = float("inf")
-    assigner.update(head(features), torch.tensor([0, 3, 5]))
+    return features
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft"])
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_a_few_features_that_are_not_finite_leave_no_trace(momentum, soft):
+    assigner, other = (
+        DynamicAssigner(HypersphericalHead(4, 6, dim=4, projection="none"), momentum=momentum) for _ in range(2)
+    )
+    features, labels = _non_finite_rows(), torch.tensor([0, 3, 5])
+    for each in (assigner, other):
+        each.update(each.head(unit_rows(6, 4)), torch.arange(6))
+    target = torch.nn.functional.one_hot(labels, 6).float() if soft else labels
+    assigner.update(assigner.head(features), target)
+    other.update(other.head(features[:1]), target[:1])
+    for name, value in other.state_dict().items():
+        torch.testing.assert_close(assigner.state_dict()[name], value, msg=name)
+    assert assigner.step().unseen == ()
+
+
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_non_finite_features_are_named_at_step_where_most_are(momentum):
+    head = HypersphericalHead(4, 6, dim=4, projection="none")
+    assigner = DynamicAssigner(head, momentum=momentum)
+    assigner.update(unit_rows(6, 4), torch.arange(6))
+    assigner.step()
+    assigner.update(head(_non_finite_rows()), torch.tensor([0, 3, 5]))
     before, means = head.assignment.clone(), assigner.class_means.clone()
     with pytest.raises(AssignmentError, match=r"2 labels are not finite: \[3, 5\]"):
         assigner.step()
     assert torch.equal(head.assignment, before)
-    assert torch.isnan(means).any(dim=1).nonzero().flatten().tolist() == [3, 5]
-    torch.testing.assert_close(assigner.class_means, means, rtol=0, atol=0, equal_nan=True)
-    assert not assigner.history
+    assert torch.equal(assigner.class_means, means)
+    assert torch.isfinite(means).all()
+    assert len(assigner.history) == 1
     # What the message advises works.
     assigner.forget([3, 5])
     assert assigner.step().unseen == (3, 5)

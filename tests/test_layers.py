@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     "errors",
     "telling",
+    "arguments",
     "precision",
     "modes",
     "sphere",

@@ -94,6 +94,7 @@ def _formula(loss: Loss, reduction: Reduction) -> Loss | None:
             functional.prototype_cross_entropy,
             scale=loss.scale,
             label_smoothing=loss.label_smoothing,
+            weight=loss.weight,
             reduction=reduction,
         )
     return None
