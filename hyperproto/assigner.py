@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import get_args
 
@@ -13,14 +14,15 @@ from hyperproto.assignment_step import AssignmentStep
 from hyperproto.checkpoint import check_format, format_version, stamp_format_
 from hyperproto.class_means import update_by_labels_, update_by_weights_
 from hyperproto.codebook import check_shared_bank
-from hyperproto.errors import ArgumentError, AssignmentError, CheckpointError, ShapeError
+from hyperproto.errors import ArgumentError, CheckpointError, ShapeError
 from hyperproto.head import HypersphericalHead, require_heads
 from hyperproto.matching.problem import total_similarity
 from hyperproto.matching.solve import AssignmentMethod, solve_assignment
+from hyperproto.oversights import NUM_NOTICED, Oversights, check_finite, check_not_overwritten, count_batch_
 from hyperproto.precision import full_precision, keeping_dtype
 from hyperproto.ranks import ProcessGroup, add_up_ranks, bit_of_this_rank, check_member, has_ranks
 from hyperproto.readout import Readout
-from hyperproto.sphere import largest_cosines, normalise
+from hyperproto.sphere import is_equiangular, normalise
 from hyperproto.targets import check_target, evidence, is_seen
 
 
@@ -34,7 +36,8 @@ class DynamicAssigner(nn.Module):
 
     The criteria of this library call `update` with each training batch; the training loop calls `step` once an epoch.
     All heads of a model share one bank and one assignment, and both stay on the heads: an assigner can be thrown away
-    after training. The means follow the model's device by themselves.
+    after training. The means follow the model's device by themselves. A deep copy of the model is another model:
+    an assigner made for the original moves the labels of the original alone.
 
     Args:
         source: a converted model (bare or wrapped), or a head.
@@ -56,6 +59,7 @@ class DynamicAssigner(nn.Module):
         prices: (P,) float32 buffer, where the next matching starts from; it saves time, decides nothing, and is in no
             checkpoint.
         writers: () int64 buffer, the ranks that fed what is pending, as bits; in no checkpoint.
+        noticed: (4,) int64 buffer, batches since the last step that look like a mistake; in no checkpoint.
         format_version: () int64 buffer, of the checkpoint's format.
 
     Raises:
@@ -86,6 +90,8 @@ class DynamicAssigner(nn.Module):
     frozen: Tensor
     prices: Tensor
     writers: Tensor
+    noticed: Tensor
+    _momentum: float | None
 
     def __init__(
         self,
@@ -96,18 +102,17 @@ class DynamicAssigner(nn.Module):
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        if momentum is not None and not 0.0 <= momentum < 1.0:
-            raise ArgumentError(f"momentum is the weight of the old mean and must lie in [0, 1), got {momentum}.")
+        self.momentum = momentum
         if solver not in get_args(AssignmentMethod):
             raise ArgumentError(f"solver must be one of {get_args(AssignmentMethod)}, got {solver!r}.")
         check_member(process_group)
         # In a tuple, so that the model does not become a submodule of the criterion.
         self._heads = require_heads(source)
         check_shared_bank(self._heads)
-        self.momentum = momentum
         self.solver: AssignmentMethod = solver
         self.process_group = process_group
         self._history: list[AssignmentStep] = []
+        self._oversights = Oversights(weakref.ref(source))
         head = self.head
         means = torch.zeros(head.num_classes, head.dim, dtype=torch.float32, device=head.assignment.device)
         self.register_buffer("class_means", means)
@@ -124,12 +129,30 @@ class DynamicAssigner(nn.Module):
         self.register_buffer("frozen", torch.zeros((), dtype=torch.bool, device=means.device))
         # Ranks that fed what is pending, as bits. Not in checkpoints: the rank that loads one need not be who saved it.
         self.register_buffer("writers", torch.zeros((), dtype=torch.int64, device=means.device), persistent=False)
-        self._equiangular = _is_equiangular(head)
+        noticed = torch.zeros(NUM_NOTICED, dtype=torch.int64, device=means.device)
+        self.register_buffer("noticed", noticed, persistent=False)
+        self._equiangular = is_equiangular(head.bank.prototypes)
 
     @property
     def head(self) -> HypersphericalHead:
         """The head (the first one, where a model has several)."""
         return self._heads[0]
+
+    @property
+    def momentum(self) -> float | None:
+        """Weight of the old mean, or None for plain means; a number may be set to another one at any time."""
+        return self._momentum
+
+    @momentum.setter
+    def momentum(self, momentum: float | None) -> None:
+        if momentum is not None and not 0.0 <= momentum < 1.0:
+            raise ArgumentError(f"momentum is the weight of the old mean and must lie in [0, 1), got {momentum}.")
+        if hasattr(self, "class_sums") and (momentum is None) != (self.class_sums is not None):
+            raise ArgumentError(
+                f"an assigner with momentum={self._momentum} keeps other sums than one with momentum={momentum}: "
+                "make a new one, DynamicAssigner(model, momentum=...)."
+            )
+        self._momentum = momentum
 
     @property
     def history(self) -> tuple[AssignmentStep, ...]:
@@ -197,7 +220,13 @@ class DynamicAssigner(nn.Module):
                 update_by_weights_(means, sums, self.pending_counts, embeddings, weights, momentum=self.momentum)
                 for each in counts:
                     each.add_(weights.sum(dim=0))
+        count_batch_(self.noticed, readout, target)
+        self._oversights.watch(self.head, readout)
         self.writers.bitwise_or_(bit_of_this_rank())
+
+    def leave_out(self, *, criterion_trains: bool) -> None:
+        """Note, for the next step to tell, that a loss has gradients and that its criterion does not feed this."""
+        self._oversights.leave_out(criterion_trains=criterion_trains)
 
     def step(self) -> AssignmentStep:
         r"""Match labels to prototypes by the class means and write the assignment into the heads; in place.
@@ -215,12 +244,14 @@ class DynamicAssigner(nn.Module):
 
         Raises:
             HeadNotFoundError: the head is no longer part of its model.
+            HyperprotoWarning: once for each cause, what was probably not meant, such as that no batch came.
             AssignmentError: class means that are not finite, with their labels, or state of one rank that was written
                 over another's; the same on every rank. Means and assignment stay as they were.
         """
         started = time.perf_counter()
         head = self.head
         head.check_in_use()
+        self._oversights.check_source(head)
         combined, total = self._combine_ranks()
         means, prototypes, before = combined.cpu(), head.bank.prototypes.cpu(), head.assignment.cpu().clone()
         if bool(self.frozen):
@@ -234,6 +265,7 @@ class DynamicAssigner(nn.Module):
                 self.prices.copy_(solution.prices)
             for each in self._heads:
                 each.assign_(after.to(each.assignment.device))
+        pending = total.clone()
         self._begin_round(combined, total)
         moved = torch.nonzero(after != before).flatten().tolist()
         record = AssignmentStep(
@@ -248,6 +280,8 @@ class DynamicAssigner(nn.Module):
             equiangular=self._equiangular,
         )
         self._history.append(record)
+        self._oversights.tell(head, self.class_counts, pending, self.noticed)
+        self.noticed.zero_()
         return record
 
     def extra_repr(self) -> str:
@@ -270,12 +304,12 @@ class DynamicAssigner(nn.Module):
             overwritten = ((self.writers & ~bit_of_this_rank()) != 0).float()
             total = total.clone()
             add_up_ranks([sums, total, overwritten], means.device, process_group=self.process_group)
-            _check_not_overwritten(overwritten)
+            check_not_overwritten(overwritten)
             checked = sums
             # A label that has but slivers, on all ranks together, starts no mean; with a momentum none was started.
             moved = total > 0 if self.class_sums is None else is_seen(total)
             means = torch.where(moved[:, None], normalise(sums), means)
-        _check_finite(checked, total)
+        check_finite(checked, total)
         return means, total
 
     @torch.no_grad()
@@ -313,31 +347,3 @@ class DynamicAssigner(nn.Module):
                 f"the checkpoint's {prefix}class_means were kept with {saved}, this assigner has {own_momentum}. "
                 "Make the assigner with the checkpoint's momentum before loading."
             )
-
-
-def _check_not_overwritten(num_ranks: Tensor) -> None:
-    if bool(num_ranks > 0):
-        raise AssignmentError(
-            f"on {int(num_ranks)} ranks the assigner's buffers were overwritten by another rank's: it is part of a "
-            "module wrapped by DistributedDataParallel. Wrap with forward_sync_buffers=False (before torch 2.13: "
-            "broadcast_buffers=False), or keep the assigner, and the criterion that holds it, outside of what is "
-            "wrapped."
-        )
-
-
-def _check_finite(rows: Tensor, counts: Tensor) -> None:
-    finite = torch.isfinite(rows).all(dim=1) & torch.isfinite(counts)
-    if not bool(finite.all()):
-        labels = torch.nonzero(~finite).flatten().tolist()
-        raise AssignmentError(
-            f"the class means of {len(labels)} labels are not finite: {labels[:10]}. The model returned NaN or "
-            "infinite values for them; the assignment is unchanged. Find the cause (learning rate, half "
-            "precision), then let the assigner forget them: assigner.forget(labels)."
-        )
-
-
-def _is_equiangular(head: HypersphericalHead) -> bool:
-    if head.bank.num_prototypes > head.dim + 1:
-        return False
-    # Only a simplex reaches Rankin's bound in every row.
-    return bool((largest_cosines(head.bank.prototypes) + 1.0 / (head.bank.num_prototypes - 1)).abs().max() < 1e-5)

@@ -1,8 +1,11 @@
-"""Every error that the library raises on purpose.
+"""Every error that the library raises on purpose, and the warning that it gives.
 
 Each is a `HyperprotoError` and also the builtin that fits, so that both `except HyperprotoError` and
 `except ValueError` catch it. A message says what was expected, what came and what to do.
 """
+
+import sys
+import warnings
 
 
 class HyperprotoError(Exception):
@@ -43,3 +46,20 @@ class AlreadyConvertedError(HyperprotoError, ValueError):
 
 class NotLinearError(HyperprotoError, AttributeError):
     """A hyperspherical head was asked for the weight and bias of a linear classifier."""
+
+
+class HyperprotoWarning(UserWarning):
+    """Something that runs, and is probably not what was meant."""
+
+
+def warn(message: str) -> None:
+    """Give a `HyperprotoWarning` that points at the line which called into this library.
+
+    Who warns sees to it that an object says the same only once: Python itself would keep quiet about the next object
+    that meets the same line.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("hyperproto", "torch"):
+        frame = frame.f_back
+    module = frame.f_globals.get("__name__")
+    warnings.warn_explicit(message, HyperprotoWarning, frame.f_code.co_filename, frame.f_lineno, module=module)

@@ -51,20 +51,23 @@ class PrototypeLoss(nn.Module):
         with the same criterion leaves it alone.
 
         Args:
-            output: (B, C) logits or (B, D) embeddings.
+            output: (B, C) logits, not probabilities, or (B, D) embeddings.
             target: labels (B,) int64 or soft targets (B, C).
 
         Returns:
             () or, for reduction "none", (B,) float32.
 
         Raises:
-            ShapeError, LabelError: output or target do not fit; nothing has changed then.
+            ShapeError, ArgumentError, LabelError: output or target do not fit; nothing has changed then.
         """
         readout = self.head.read(output)
         check_target(target, len(output), self.head.num_classes)
         loss = self._loss(readout, target)
-        if self.assigner is not None and self.training and self.head.training and torch.is_grad_enabled():
-            self.assigner.feed(readout, target)
+        if self.assigner is not None and torch.is_grad_enabled():
+            if self.training and self.head.training:
+                self.assigner.feed(readout, target)
+            else:
+                self.assigner.leave_out(criterion_trains=self.training)
         return loss
 
     def extra_repr(self) -> str:

@@ -172,3 +172,17 @@ def sampled_largest_cosines(prototypes: Tensor, num_rows: int) -> Tensor:
         cosines[own, places[own]] = -torch.inf
         largest = torch.maximum(largest, cosines.amax(dim=1))
     return largest.float()
+
+
+def is_equiangular(prototypes: Tensor) -> bool:
+    """Whether all prototypes (P, D) are at one angle from each other: a simplex, or so to rounding.
+
+    Examples:
+        >>> is_equiangular(torch.tensor([[1.0, 0.0], [-0.5, 0.75**0.5], [-0.5, -(0.75**0.5)]]))
+        True
+    """
+    num_prototypes, dim = prototypes.shape
+    if num_prototypes > dim + 1:
+        return False
+    # Only a simplex reaches Rankin's bound in every row.
+    return bool((largest_cosines(prototypes) + 1.0 / (num_prototypes - 1)).abs().max() < 1e-5)

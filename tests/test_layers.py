@@ -35,6 +35,7 @@ LAYERS = [
     "functional",
     "class_means",
     "assignment_step",
+    "oversights",
     "assigner",
     "losses",
     "conversion",
