@@ -12,11 +12,13 @@ from hyperproto.constructions.class_vectors import class_vector_points
 from hyperproto.errors import BankError, ShapeError, warn
 from hyperproto.precision import keeping_dtype
 from hyperproto.separation import BankReport, report_separation
-from hyperproto.sphere import SMALLEST_SQUARED_DISTANCE, normalise
+from hyperproto.sphere import normalise
 
 #: Largest difference of an entry between prototypes that count as the same: what other machines' rounding makes of one
 #: construction, and far below what separates two.
 SAME_PROTOTYPES = 1e-4
+#: Distance of two rows below which they are one direction, normalised from two lengths.
+SAME_DIRECTION = 1e-6
 #: Rows that a move between devices compares at a time.
 COMPARED_AT_ONCE = 65_536
 
@@ -255,13 +257,13 @@ def _check_unit_rows(got: Tensor, name: str) -> None:
 
 
 def _equal_rows(rows: Tensor) -> list[tuple[int, int]]:
-    """Pairs of unit rows (P, D) that float32 does not tell apart, each row once as the later one; O(P D + P log P)."""
+    """Pairs of unit rows (P, D) of one direction, each row but one of a set of equal ones; O(P D + P log P)."""
     rows = rows.cpu().double()
     direction = torch.randn(rows.shape[1], generator=torch.Generator(device="cpu").manual_seed(0), device="cpu")
     # Equal rows are neighbours in any direction, nearly equal ones in a random one: hardly any other comes between.
     order = (rows @ direction.double()).argsort()
     distances = (rows[order[1:]] - rows[order[:-1]]).norm(dim=1)
-    places = torch.nonzero(distances < math.sqrt(SMALLEST_SQUARED_DISTANCE) / 2).flatten()
+    places = torch.nonzero(distances < SAME_DIRECTION).flatten()
     pairs = torch.stack([order[places], order[places + 1]], dim=1).sort(dim=1).values
     return sorted((first, second) for first, second in pairs.tolist())
 

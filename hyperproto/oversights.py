@@ -96,8 +96,7 @@ class Oversights:
             self.watched = [
                 _Watched(each, each._version, _leading_entries(each).clone())
                 for each in head.projection.parameters()
-                # Sharded parameters are of other classes, or empty.
-                if type(each) is nn.Parameter and each.requires_grad and each.numel() > 0
+                if each.requires_grad and _has_entries(each)
             ]
         if self.watched and self.num_gradients < BATCHES_UNTIL_STEPPED:
             readout.output.register_hook(self._count_gradient)  # type: ignore[no-untyped-call]
@@ -122,7 +121,7 @@ class Oversights:
                 "once. They hold prototypes and count in every softmax. Is num_classes that of the data? See "
                 "hyperproto.convert_model(model, num_classes=...).",
             )
-        self._tell_of_optimizer()
+        self._tell_of_optimizer(head)
         num_batches, of_one, of_two, impossible = noticed.tolist()
         if impossible:
             self._tell_once(
@@ -143,10 +142,14 @@ class Oversights:
             )
         self.left_out = None
 
-    def _tell_of_optimizer(self) -> None:
+    def _tell_of_optimizer(self, head: HypersphericalHead) -> None:
         if self.trains or not self.watched:
             return
-        self.trains = not all(each.is_unchanged() for each in self.watched)
+        # Where parameters are sharded, those of the forward pass are not those that an optimiser has: nothing is known.
+        now = {id(each) for each in head.projection.parameters()}
+        self.trains = not all(
+            id(each.parameter) in now and _has_entries(each.parameter) and each.is_unchanged() for each in self.watched
+        )
         if not self.trains and self.num_gradients >= BATCHES_UNTIL_STEPPED:
             self._tell_once(
                 "optimizer",
@@ -233,6 +236,11 @@ def _centres_batches(head: HypersphericalHead) -> bool:
     """Whether batch norm in the projection sees the batch of one rank alone."""
     norms = [module for module in head.projection.modules() if isinstance(module, _BatchNorm)]
     return any(norm.training and not isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+
+
+def _has_entries(parameter: nn.Parameter) -> bool:
+    """Whether values can be read: not where parameters are sharded, and of other classes or empty between passes."""
+    return type(parameter) is nn.Parameter and not parameter.is_meta and parameter.untyped_storage().size() > 0
 
 
 def _leading_entries(parameter: nn.Parameter) -> Tensor:
