@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Sequence, Set
 from typing import get_args
 
@@ -14,10 +15,11 @@ from hyperproto.assignment_step import AssignmentStep, packed_labels
 from hyperproto.checkpoint import check_format, format_version, stamp_format_
 from hyperproto.class_means import check_finite, update_by_labels_, update_by_weights_
 from hyperproto.codebook import check_shared_bank
-from hyperproto.errors import ArgumentError, AssignmentError, CheckpointError, LabelError, ShapeError
+from hyperproto.errors import ArgumentError, CheckpointError, LabelError, ShapeError
 from hyperproto.head import HypersphericalHead, require_heads
 from hyperproto.matching.problem import total_similarity
 from hyperproto.matching.solve import AssignmentMethod, solve_assignment
+from hyperproto.oversights import NUM_NOTICED, Oversights, check_not_overwritten, count_batch_
 from hyperproto.precision import full_precision, keeping_dtype
 from hyperproto.ranks import ProcessGroup, add_up_ranks, bit_of_this_rank, check_member, has_ranks
 from hyperproto.readout import Readout
@@ -36,7 +38,8 @@ class DynamicAssigner(nn.Module):
 
     The criteria of this library call `update` with each training batch; the training loop calls `step` once an epoch.
     All heads of a model share one bank and one assignment, and both stay on the heads: an assigner can be thrown away
-    after training. The means follow the model's device by themselves.
+    after training. The means follow the model's device by themselves. A deep copy of the model is another model:
+    an assigner made for the original moves the labels of the original alone.
 
     Args:
         source: a converted model (bare or wrapped), or a head.
@@ -60,6 +63,7 @@ class DynamicAssigner(nn.Module):
         lost_counts: (C,) float32 buffer, samples since the last step that are in no mean, since the model returned NaN
             or infinity for them; in no checkpoint.
         writers: () int64 buffer, the ranks that fed what is pending, as bits; in no checkpoint.
+        noticed: (4,) int64 buffer, batches since the last step that look like a mistake; in no checkpoint.
         format_version: () int64 buffer, of the checkpoint's format.
 
     Raises:
@@ -91,6 +95,8 @@ class DynamicAssigner(nn.Module):
     frozen: Tensor
     prices: Tensor
     writers: Tensor
+    noticed: Tensor
+    _momentum: float | None
 
     def __init__(
         self,
@@ -101,18 +107,16 @@ class DynamicAssigner(nn.Module):
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        momentum = (
-            None if momentum is None else share(momentum, "momentum, the weight of the old mean,", below_one=True)
-        )
+        self.momentum = momentum
         choice(solver, "solver", get_args(AssignmentMethod))
         check_member(process_group)
         # In a tuple, so that the model does not become a submodule of the criterion.
         self._heads = require_heads(source)
         check_shared_bank(self._heads)
-        self.momentum = momentum
         self.solver: AssignmentMethod = solver
         self.process_group = process_group
         self._history: list[AssignmentStep] = []
+        self._oversights = Oversights(weakref.ref(source))
         head = self.head
         means = torch.zeros(head.num_classes, head.dim, dtype=torch.float32, device=head.assignment.device)
         self.register_buffer("class_means", means)
@@ -130,12 +134,30 @@ class DynamicAssigner(nn.Module):
         self.register_buffer("frozen", torch.zeros((), dtype=torch.bool, device=means.device))
         # Ranks that fed what is pending, as bits. Not in checkpoints: the rank that loads one need not be who saved it.
         self.register_buffer("writers", torch.zeros((), dtype=torch.int64, device=means.device), persistent=False)
+        noticed = torch.zeros(NUM_NOTICED, dtype=torch.int64, device=means.device)
+        self.register_buffer("noticed", noticed, persistent=False)
         self._equiangular = is_simplex(head.bank.prototypes)
 
     @property
     def head(self) -> HypersphericalHead:
         """The head (the first one, where a model has several)."""
         return self._heads[0]
+
+    @property
+    def momentum(self) -> float | None:
+        """Weight of the old mean, or None for plain means; a number may be set to another one at any time."""
+        return self._momentum
+
+    @momentum.setter
+    def momentum(self, momentum: float | None) -> None:
+        if momentum is not None:
+            momentum = share(momentum, "momentum, the weight of the old mean,", below_one=True)
+        if hasattr(self, "class_sums") and (momentum is None) != (self.class_sums is not None):
+            raise ArgumentError(
+                f"an assigner with momentum={self._momentum} keeps other sums than one with momentum={momentum}: "
+                "make a new one, DynamicAssigner(model, momentum=...)."
+            )
+        self._momentum = momentum
 
     @property
     def history(self) -> tuple[AssignmentStep, ...]:
@@ -221,7 +243,13 @@ class DynamicAssigner(nn.Module):
                 for each in counts:
                     each.add_(weights.sum(dim=0))
                 self.lost_counts.add_(lost.sum(dim=0))
+        count_batch_(self.noticed, readout, target)
+        self._oversights.watch(self.head, readout)
         self.writers.bitwise_or_(bit_of_this_rank())
+
+    def leave_out(self, *, criterion_trains: bool) -> None:
+        """Note, for the next step to tell, that a loss has gradients and that its criterion does not feed this."""
+        self._oversights.leave_out(criterion_trains=criterion_trains)
 
     def step(self) -> AssignmentStep:
         r"""Match labels to prototypes by the class means and write the assignment into the heads; in place.
@@ -239,12 +267,14 @@ class DynamicAssigner(nn.Module):
 
         Raises:
             HeadNotFoundError: the head is no longer part of its model.
+            HyperprotoWarning: once for each cause, what was probably not meant, such as that no batch came.
             AssignmentError: the model returned NaN or infinity for half of the samples or more, with the labels, or
                 state of one rank that was written over another's; the same on every rank. Means and assignment stay.
         """
         started = time.perf_counter()
         head = self.head
         head.check_in_use()
+        self._oversights.check_source(head)
         combined, total = self._combine_ranks()
         means, prototypes, before = combined.cpu(), head.bank.prototypes.cpu(), head.assignment.cpu().clone()
         if bool(self.frozen):
@@ -258,6 +288,7 @@ class DynamicAssigner(nn.Module):
                 self.prices.copy_(solution.prices)
             for each in self._heads:
                 each.assign_(after.to(each.assignment.device))
+        pending = total.clone()
         self._begin_round(combined, total)
         moved = after != before
         record = AssignmentStep(
@@ -272,6 +303,8 @@ class DynamicAssigner(nn.Module):
             packed_unseen=packed_labels(~means.any(dim=1)),
         )
         self._history.append(record)
+        self._oversights.tell(head, self.class_counts, pending, self.noticed)
+        self.noticed.zero_()
         return record
 
     def extra_repr(self) -> str:
@@ -294,7 +327,7 @@ class DynamicAssigner(nn.Module):
             overwritten = ((self.writers & ~bit_of_this_rank()) != 0).float()
             total, lost = total.clone(), lost.clone()
             add_up_ranks([sums, total, lost, overwritten], means.device, process_group=self.process_group)
-            _check_not_overwritten(overwritten)
+            check_not_overwritten(overwritten)
             checked = sums
             # A label that has but slivers, on all ranks together, starts no mean; with a momentum none was started.
             moved = total > 0 if self.class_sums is None else is_seen(total)
@@ -338,13 +371,3 @@ class DynamicAssigner(nn.Module):
                 f"the checkpoint's {prefix}class_means were kept with {saved}, this assigner has {own_momentum}. "
                 "Make the assigner with the checkpoint's momentum before loading."
             )
-
-
-def _check_not_overwritten(num_ranks: Tensor) -> None:
-    if bool(num_ranks > 0):
-        raise AssignmentError(
-            f"on {int(num_ranks)} ranks the assigner's buffers were overwritten by another rank's: it is part of a "
-            "module wrapped by DistributedDataParallel. Wrap with forward_sync_buffers=False (before torch 2.13: "
-            "broadcast_buffers=False), or keep the assigner, and the criterion that holds it, outside of what is "
-            "wrapped."
-        )

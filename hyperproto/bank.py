@@ -14,10 +14,13 @@ from hyperproto.errors import BankError
 from hyperproto.precision import keeping_dtype
 from hyperproto.separation import BankReport, report_separation
 from hyperproto.sphere import normalise
+from hyperproto.telling import tell
 
 #: Largest difference of an entry between prototypes that count as the same: what other machines' rounding makes of one
 #: construction, and far below what separates two.
 SAME_PROTOTYPES = 1e-4
+#: Distance of two rows below which they are one direction, normalised from two lengths.
+SAME_DIRECTION = 1e-6
 #: Rows that a move between devices compares at a time.
 COMPARED_AT_ONCE = 65_536
 
@@ -114,6 +117,12 @@ class PrototypeBank(nn.Module):
             raise BankError(
                 f"expected finite, non-zero prototypes, got {len(pointless)} rows without a direction, "
                 f"the first at {pointless[:5]}. Drop or replace them."
+            )
+        equal = _equal_rows(unit_rows)
+        if equal:
+            tell(
+                f"{len(equal)} prototypes of {len(unit_rows)} equal others, the first pairs being rows {equal[:5]}: "
+                "labels on two equal prototypes have equal logits for every input. Drop or move one of each pair."
             )
         return cls._holding(unit_rows, "given")
 
@@ -254,6 +263,18 @@ def _check_unit_rows(got: Tensor, name: str) -> None:
             f"the checkpoint's {name} has rows that are no prototypes: one has a length that is off 1 by {error:.2g}. "
             "The entry was cast, averaged or damaged; take prototypes from the bank itself, or from another checkpoint."
         )
+
+
+def _equal_rows(rows: Tensor) -> list[tuple[int, int]]:
+    """Pairs of unit rows (P, D) of one direction, each row but one of a set of equal ones; O(P D + P log P)."""
+    rows = rows.cpu().double()
+    direction = torch.randn(rows.shape[1], generator=torch.Generator(device="cpu").manual_seed(0), device="cpu")
+    # Equal rows are neighbours in any direction, nearly equal ones in a random one: hardly any other comes between.
+    order = (rows @ direction.double()).argsort()
+    distances = (rows[order[1:]] - rows[order[:-1]]).norm(dim=1)
+    places = torch.nonzero(distances < SAME_DIRECTION).flatten()
+    pairs = torch.stack([order[places], order[places + 1]], dim=1).sort(dim=1).values
+    return sorted((first, second) for first, second in pairs.tolist())
 
 
 def _check_kind(expected: Tensor, got: Tensor, name: str) -> None:

@@ -17,6 +17,7 @@ from hyperproto.precision import keeping_dtype
 from hyperproto.readout import Readout, choose_anchors
 from hyperproto.separation import default_logit_scale
 from hyperproto.sphere import assigned_cosines, check_unit_rows
+from hyperproto.telling import tell
 
 TrainingOutput = Literal["logits", "embedding"]
 
@@ -76,6 +77,11 @@ class Codebook(nn.Module):
                 f"expected a bank of at least {num_classes} prototypes, got {bank.num_prototypes}. "
                 "Build the bank with more prototypes."
             )
+        if training_output == "embedding" and bank.dim >= num_classes:
+            tell(
+                f'training_output="embedding" saves nothing with dim={bank.dim} and {num_classes} labels, and a loss '
+                'that is not of this library takes embeddings as wide as that for logits. Use "logits".'
+            )
         self.num_classes = num_classes
         self.dim = bank.dim
         self.training_output = training_output
@@ -127,7 +133,8 @@ class Codebook(nn.Module):
 
         Raises:
             HeadNotFoundError: the head is no longer part of its model.
-            ShapeError: neither.
+            ShapeError: neither, by its shape.
+            ArgumentError: neither, by its values; on the CPU only.
         """
         self.check_in_use()
         if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] not in (self.num_classes, self.dim):
@@ -135,9 +142,11 @@ class Codebook(nn.Module):
             raise ShapeError(
                 f"expected logits of shape (B, {self.num_classes}) or embeddings of shape (B, {self.dim}), got {got}."
             )
-        if self.num_classes == self.dim:
-            return self._readout(output, is_embedding=self.training and self.training_output == "embedding")
-        return self._readout(output, is_embedding=output.shape[1] == self.dim)
+        returned_embeddings = self.training and self.training_output == "embedding"
+        is_embedding = returned_embeddings if self.num_classes == self.dim else output.shape[1] == self.dim
+        readout = self._readout(output, is_embedding)
+        readout.check_values()
+        return readout
 
     def is_embedding(self, output: Tensor) -> bool:
         """Whether a model output holds embeddings (B, D) rather than logits (B, C); raises as `read` does."""

@@ -59,14 +59,14 @@ class PrototypeLoss(nn.Module):
         with the same criterion leaves it alone.
 
         Args:
-            output: (B, C) logits or (B, D) embeddings.
+            output: (B, C) logits, not probabilities, or (B, D) embeddings.
             target: labels (B,) int64 or soft targets (B, C) whose rows add up to 1.
 
         Returns:
             () or, for reduction "none", (B,) float32.
 
         Raises:
-            ShapeError, LabelError: output or target do not fit; nothing has changed then.
+            ShapeError, ArgumentError, LabelError: output or target do not fit; nothing has changed then.
         """
         readout = self.head.read(output)
         checked = read_target(
@@ -74,8 +74,11 @@ class PrototypeLoss(nn.Module):
         )
         self._check_total(checked)
         loss = self._loss(readout, checked)
-        if self.assigner is not None and self.training and self.head.training and torch.is_grad_enabled():
-            self.assigner.feed(readout, checked)
+        if self.assigner is not None and torch.is_grad_enabled():
+            if self.training and self.head.training:
+                self.assigner.feed(readout, checked)
+            else:
+                self.assigner.leave_out(criterion_trains=self.training)
         return loss
 
     def extra_repr(self) -> str:

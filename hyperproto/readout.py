@@ -5,16 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hyperproto.errors import ShapeError
+from hyperproto.errors import ArgumentError, ShapeError
 from hyperproto.precision import full_precision
 from hyperproto.sphere import assigned_cosines
-from hyperproto.targets import to_look_up
+from hyperproto.targets import can_be_looked_at, to_look_up
 
 #: Singular values below this share of the largest are rounding of float32.
 SMALLEST_SPANNING = 1e-5
 
 #: A sample of rows spans the space well enough if what each anchor adds to those before it is at least this long.
 SMALLEST_PIVOT = 0.05
+
+#: Cosines, and lengths of embeddings, may exceed 1 by this: two roundings of bfloat16.
+ROUNDING = 0.01
+
+#: Embeddings are this close to length 1; a batch of logits that all are would be chance.
+UNIT_LENGTH = 1e-3
 
 
 class Readout:
@@ -47,6 +53,47 @@ class Readout:
         self.logit_scale = logit_scale
         self.anchors = anchors
         self.anchor_inverse = anchor_inverse
+
+    def is_impossible(self) -> Tensor:
+        """() bool: whether no head returns this; False for what is not finite, which is an error upstream.
+
+        No cosine is beyond 1, and no embedding longer; means of several outputs are within. Where logits are as wide
+        as embeddings, rows that all have length 1 are the latter.
+        """
+        output = self.output.detach().float()
+        if self.is_embedding:
+            largest = output.square().sum(dim=1).sqrt().amax()
+            return (largest > 1.0 + ROUNDING) & largest.isfinite()
+        largest = output.abs().amax() / self.logit_scale
+        impossible = (largest > 1.0 + ROUNDING) & largest.isfinite()
+        if output.shape[1] != self.prototypes.shape[1]:
+            return impossible
+        deviation = (output.square().sum(dim=1).sqrt() - 1.0).abs().amax()
+        # Orthonormal prototypes at a scale of 1 turn embeddings into logits of length 1.
+        return impossible | ((deviation < UNIT_LENGTH) & (self.logit_scale > 1.0 + ROUNDING))
+
+    def check_values(self) -> None:
+        """Raise if the output is impossible; on the CPU only, since asking a GPU would wait for it.
+
+        Raises:
+            ArgumentError: it is.
+        """
+        if not can_be_looked_at(self.output) or self.output.device != self.logit_scale.device:
+            return
+        if bool(self.is_impossible()):
+            raise ArgumentError(self.why_impossible())
+
+    def why_impossible(self) -> str:
+        """What to say of an output that is."""
+        num_classes, dim = len(self.assignment), self.prototypes.shape[1]
+        kind = "embeddings" if self.is_embedding else "logits"
+        told_by = f" They are as wide as this head's {'logits' if self.is_embedding else 'embeddings'}, too."
+        return (
+            f"expected {kind} of this head: embeddings have length 1, and logits are cosines, in [-1, 1], times its "
+            f"scale. The values given as {kind} (B, {dim if self.is_embedding else num_classes}) are neither."
+            f"{told_by if num_classes == dim else ''} Pass what the model returned in this mode, not what another "
+            "layer or head did, nor probabilities or features."
+        )
 
     def embeddings(self) -> Tensor:
         """(B, D) float32: themselves, or recovered from logits; see `HypersphericalHead.recover_embeddings`.

@@ -9,17 +9,17 @@ from hyperproto.errors import HyperprotoWarning
 
 
 def tell(message: str) -> None:
-    """Emit a `HyperprotoWarning` whose line is that of the first caller outside of the library.
+    """Give a `HyperprotoWarning` that points at the line which called into this library.
+
+    Who warns sees to it that an object says the same only once: Python itself would keep quiet about the next object
+    that meets the same line.
 
     Args:
         message: what was seen, what it means and what to do.
     """
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and _is_inside(frame.f_globals.get("__name__", "")):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, HyperprotoWarning, stacklevel=level)
-
-
-def _is_inside(module: str) -> bool:
-    # Functions decorated with `torch.no_grad()` are called by the last of these.
-    return module.startswith("hyperproto.") or module == "torch.utils._contextlib"
+    frame = sys._getframe()
+    # Functions decorated with `torch.no_grad()` are called from within torch, as are modules.
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("hyperproto", "torch"):
+        frame = frame.f_back
+    module = frame.f_globals.get("__name__")
+    warnings.warn_explicit(message, HyperprotoWarning, frame.f_code.co_filename, frame.f_lineno, module=module)

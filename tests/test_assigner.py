@@ -105,6 +105,7 @@ def test_plain_means_start_again_after_a_step():
     assert assigner.class_counts.tolist() == [2.0] * 8
 
 
+@pytest.mark.filterwarnings("ignore:training_output:hyperproto.HyperprotoWarning")
 @pytest.mark.parametrize("momentum", [None, 0.0, 0.9])
 @pytest.mark.parametrize(
     ("num_classes", "num_prototypes", "dim"), [(6, 6, 5), (6, 9, 10), (10, 10, 5), (20, 24, 12), (12, 12, 12)]
@@ -201,6 +202,7 @@ def test_two_forwards_before_two_losses():
 # The assignment step
 
 
+@pytest.mark.filterwarnings("ignore:no batch has reached:hyperproto.HyperprotoWarning")
 @given(head=heads(), data=st.data(), seed=SEEDS, momentum=st.sampled_from([None, 0.0, 0.9]))
 def test_assignment_stays_injective_and_similarity_never_falls(head, data, seed, momentum):
     assigner = DynamicAssigner(head, momentum=momentum)
@@ -267,6 +269,7 @@ def test_labels_never_seen_keep_their_prototype_unless_a_seen_one_needs_it():
     assert step.unseen == tuple(range(1, 8))
 
 
+@pytest.mark.filterwarnings("ignore:no batch has reached:hyperproto.HyperprotoWarning")
 def test_nothing_seen_moves_nothing():
     head = HypersphericalHead(4, 8, dim=4, projection="none")
     head.assign_(torch.tensor([3, 1, 4, 0, 5, 2, 7, 6]))
@@ -282,6 +285,7 @@ def test_ties_move_nothing():
     assert torch.equal(solve_assignment(means, prototypes, current=current).assignment, current)
 
 
+@pytest.mark.filterwarnings("ignore:no batch has reached:hyperproto.HyperprotoWarning")
 def test_a_simplex_says_that_no_step_changes_the_geometry():
     simplex = HypersphericalHead(8, 5, projection="none")
     assert DynamicAssigner(simplex).step().equiangular
@@ -609,6 +613,7 @@ def test_all_errors_are_ours_and_value_errors():
 # What a step says
 
 
+@pytest.mark.filterwarnings("ignore:no batch has reached:hyperproto.HyperprotoWarning")
 def test_a_simplex_is_known_by_its_angles_and_not_by_its_name():
     corners = PrototypeBank(5, 4, method="simplex").prototypes
     head = HypersphericalHead(4, 5, bank=PrototypeBank.from_tensor(corners @ torch.eye(4).flip(0)), projection="none")
@@ -618,6 +623,7 @@ def test_a_simplex_is_known_by_its_angles_and_not_by_its_name():
     assert not DynamicAssigner(head).step().equiangular
 
 
+@pytest.mark.filterwarnings("ignore:no batch has reached:hyperproto.HyperprotoWarning")
 def test_a_step_says_how_long_it_took():
     assigner = DynamicAssigner(HypersphericalHead(4, 6, dim=4, projection="none"))
     started = time.perf_counter()

@@ -150,6 +150,7 @@ def test_no_bank_beats_the_bound(num, dim):
     assert report.bound_name in str(report)
 
 
+@pytest.mark.filterwarnings("ignore:2 prototypes of 3 equal others:hyperproto.HyperprotoWarning")
 def test_coincident_prototypes_report_an_angle_of_zero():
     assert PrototypeBank.from_tensor(torch.ones(3, 3)).report().min_angle_deg == pytest.approx(0, abs=0.05)
 

@@ -139,6 +139,7 @@ def test_default_scale_is_sensible_beyond_the_simplex(method):
     assert 0.985 < float(placed) < 1.0
 
 
+@pytest.mark.filterwarnings("ignore:2 prototypes of 3 equal others:hyperproto.HyperprotoWarning")
 def test_default_scale_is_bounded_for_overlapping_prototypes():
     bank = PrototypeBank.from_tensor(torch.tensor([[1.0, 0.0], [1.0, 1e-9], [1.0, 1e-8]]))
     assert default_logit_scale(bank.prototypes, 3) < 200

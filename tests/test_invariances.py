@@ -33,6 +33,7 @@ def test_shifting_the_features_changes_no_fitted_head(seed, num_classes, offset)
     torch.testing.assert_close(shifted.embed(features + shift), head.embed(features), atol=1e-3, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:training_output:hyperproto.HyperprotoWarning")
 @given(seed=SEEDS, num_classes=st.integers(2, 12), spare=st.integers(0, 4), dim=st.integers(2, 6))
 def test_turning_embeddings_and_bank_together_changes_no_assignment(seed, num_classes, spare, dim):
     rotation = turn(dim, seed)

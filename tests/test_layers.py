@@ -38,6 +38,7 @@ LAYERS = [
     "functional",
     "class_means",
     "assignment_step",
+    "oversights",
     "assigner",
     "losses",
     "conversion",

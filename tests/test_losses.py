@@ -413,6 +413,7 @@ def test_a_criterion_adds_nothing_to_a_checkpoint(name):
     assert list(LOSSES[name](assigner).state_dict()) == expected
 
 
+@pytest.mark.filterwarnings("ignore:training_output:hyperproto.HyperprotoWarning")
 @pytest.mark.parametrize("training", [False, True])
 def test_where_embeddings_are_as_wide_as_logits_the_mode_tells_them_apart(training):
     head = HypersphericalHead(8, 8, dim=8, projection="none", training_output="embedding").train(training)

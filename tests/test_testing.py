@@ -72,7 +72,7 @@ def test_losses_pass_on_every_head(head):
     "head",
     [
         HypersphericalHead(8, 2, dim=2),
-        HypersphericalHead(64, 40, dim=64, training_output="embedding"),
+        HypersphericalHead(64, 40, dim=32, training_output="embedding"),
         HypersphericalHead(8, 300, dim=6, bank="random"),
     ],
     ids=["two labels", "wide", "many labels"],

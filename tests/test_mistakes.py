@@ -1,0 +1,370 @@
+"""Mistakes that pass silently elsewhere: each is told, once per object and cause, and sane loops hear nothing."""
+
+import copy
+import gc
+import pickle
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from hyperproto import (
+    ArgumentError,
+    BalancedLoss,
+    DynamicAssigner,
+    HeadNotFoundError,
+    HyperprotoWarning,
+    HypersphericalHead,
+    PrototypeBank,
+    PrototypeCrossEntropyLoss,
+    convert_model,
+)
+from hyperproto.testing import SEEDS
+
+
+def told(action: Callable[[], object]) -> list[str]:
+    """What the library warned of, all of it from this file's lines."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        action()
+    assert all(each.category is HyperprotoWarning and each.filename == __file__ for each in caught)
+    return [str(each.message) for each in caught]
+
+
+def batch(num: int = 32, num_classes: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    features = torch.randn(num, 8, generator=torch.Generator().manual_seed(seed))
+    return features, torch.arange(num) % num_classes
+
+
+def make_model(num_classes: int = 4, dim: int = 3, **options) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), HypersphericalHead(8, num_classes, dim=dim, **options))
+
+
+class Loop:
+    """A training loop of one's own."""
+
+    def __init__(self, model, criterion, assigner, *, optimized=None):
+        self.model, self.criterion, self.assigner = model, criterion, assigner
+        self.optimizer = torch.optim.SGD((model if optimized is None else optimized).parameters(), 0.05)
+
+    def epoch(self, batches=None):
+        for features, labels in batches or [batch(seed=seed) for seed in range(5)]:
+            self.criterion(self.model(features), labels).backward()
+            self.optimizer.step()
+            self.model.zero_grad()
+        return self.assigner.step()
+
+
+# What a step tells
+
+
+def never_fed():
+    model = make_model()
+    return Loop(model, BalancedLoss(model), DynamicAssigner(model))
+
+
+def another_assigner():
+    model = make_model()
+    return Loop(model, BalancedLoss(DynamicAssigner(model)), DynamicAssigner(model))
+
+
+def criterion_in_eval_mode():
+    model = make_model()
+    assigner = DynamicAssigner(model)
+    return Loop(model, BalancedLoss(assigner).eval(), assigner)
+
+
+def model_in_eval_mode():
+    model = make_model().eval()
+    assigner = DynamicAssigner(model)
+    return Loop(model, BalancedLoss(assigner), assigner)
+
+
+def too_many_labels():
+    model = make_model(num_classes=100, dim=8)
+    assigner = DynamicAssigner(model)
+    return Loop(model, BalancedLoss(assigner), assigner)
+
+
+def optimizer_without_the_head():
+    model = make_model()
+    assigner = DynamicAssigner(model)
+    return Loop(model, BalancedLoss(assigner), assigner, optimized=model[0])
+
+
+MISTAKES = {
+    never_fed: "no batch has reached this assigner, .*BalancedLoss\\(assigner\\)",
+    another_assigner: "no batch has reached this assigner, .*step the same assigner",
+    criterion_in_eval_mode: "the criterion is in eval mode.*criterion.train",
+    model_in_eval_mode: "the model is in eval mode.*model.train",
+    too_many_labels: "96 of 100 labels were not seen.*num_classes",
+    optimizer_without_the_head: "the optimizer does not have them.*after hyperproto.convert_model",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_step_names_the_mistake_once_for_each_assigner(mistake):
+    # One line steps for both: Python's own filter would let the second one through unheard.
+    loops = [mistake(), mistake()]
+    messages = told(lambda: [loop.epoch() for loop in loops for _ in range(3)])
+    assert len(messages) == 2
+    for message in messages:
+        assert re.search(MISTAKES[mistake], message)
+
+
+def test_a_model_left_in_eval_mode_after_an_epoch_that_was_right():
+    loop = model_in_eval_mode()
+    loop.model.train()
+    assert not told(loop.epoch)
+    loop.model.eval()
+    assert len(told(loop.epoch)) == 1
+
+
+def test_a_validation_with_gradients_is_none():
+    loop = model_in_eval_mode()
+
+    def epochs():
+        for _ in range(2):
+            loop.model.train()
+            loop.epoch()
+            loop.model.eval()
+            loop.criterion(loop.model(batch()[0]), batch()[1])
+
+    assert not told(epochs)
+
+
+def test_batch_norm_of_the_backbone_frozen_and_the_head_training_is_none():
+    loop = model_in_eval_mode()
+    loop.model[1].train()
+    assert not told(loop.epoch)
+
+
+def test_a_second_step_without_batches_is_none():
+    loop = model_in_eval_mode()
+    loop.model.train()
+    loop.epoch()
+    assert not told(loop.assigner.step)
+
+
+def test_a_projection_that_is_meant_to_stay_is_none():
+    loop = optimizer_without_the_head()
+    loop.model[1].projection.requires_grad_(False)
+    assert not told(loop.epoch)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_an_optimizer_that_warms_up_or_writes_through_data_is_none(rate):
+    loop = optimizer_without_the_head()
+    loop.optimizer = torch.optim.SGD(loop.model.parameters(), 0.0)
+    if rate:
+        loop.optimizer.step = lambda: [each.data.sub_(rate * each.grad.data) for each in loop.model.parameters()]
+    assert not told(loop.epoch)
+
+
+def test_an_optimizer_from_before_the_conversion():
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    convert_model(model, dim=3, classifier="2")
+    assigner = DynamicAssigner(model)
+    loop = Loop(model, BalancedLoss(assigner), assigner)
+    loop.optimizer = optimizer
+    with pytest.warns(HyperprotoWarning, match="does not have them"):
+        loop.epoch()
+
+
+def test_few_batches_with_gradients_are_none():
+    loop = optimizer_without_the_head()
+    assert not told(lambda: loop.epoch([batch()] * 3))
+
+
+def test_forward_passes_without_gradients_are_none():
+    model = make_model()
+    assigner = DynamicAssigner(model)
+    for seed in range(9):
+        assigner.update(model(batch(seed=seed)[0]), batch()[1])
+    assert not told(assigner.step)
+
+
+@given(num_classes=st.integers(2, 200), seed=SEEDS)
+def test_steps_in_the_middle_of_an_epoch_tell_of_no_unseen_labels(num_classes, seed):
+    head = HypersphericalHead(8, num_classes, dim=8, bank="random", projection="none")
+    assigner, generator = DynamicAssigner(head), torch.Generator().manual_seed(seed)
+    for _ in range(3):
+        assigner.update(head(batch(64)[0]), torch.randint(num_classes, (64,), generator=generator))
+        assert not told(assigner.step)
+
+
+def sorted_folder(num_labels: int, each: int, num_classes: int = 8) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of few labels, all labels in turn."""
+    return [
+        (batch(each * num_labels, seed=first)[0], (first + torch.arange(each * num_labels) % num_labels) % num_classes)
+        for first in range(0, num_classes, num_labels)
+    ]
+
+
+@pytest.mark.parametrize("num_labels", [1, 2])
+@pytest.mark.parametrize(("projection", "number"), [("linear+bn", 1), ("linear", 0)])
+def test_batches_of_one_or_two_labels(num_labels, projection, number):
+    model = make_model(num_classes=8, dim=4, projection=projection)
+    assigner = DynamicAssigner(model)
+    loop = Loop(model, BalancedLoss(assigner), assigner)
+    messages = told(lambda: [loop.epoch(sorted_folder(num_labels, 16)) for _ in range(3)])
+    assert len(messages) == number
+    assert all("Shuffle" in message for message in messages)
+
+
+def test_batches_of_eight_labels_or_of_very_uneven_data_are_none():
+    model = make_model(num_classes=8, dim=4)
+    assigner = DynamicAssigner(model)
+    loop = Loop(model, BalancedLoss(assigner), assigner)
+    assert not told(lambda: loop.epoch(sorted_folder(8, 4)))
+    uneven = torch.zeros(32, dtype=torch.int64)
+    assert not told(lambda: loop.epoch([(batch()[0], uneven)] * 9 + [(batch()[0], batch()[1] * 2)]))
+
+
+@given(batch_size=st.integers(1, 16), seed=SEEDS)
+def test_random_batches_of_any_size_are_none(batch_size, seed):
+    model = make_model(num_classes=8, dim=4)
+    assigner, generator = DynamicAssigner(model), torch.Generator().manual_seed(seed)
+    for _ in range(40):
+        labels = torch.randint(8, (batch_size,), generator=generator)
+        assigner.update(model(torch.randn(batch_size, 8, generator=generator)), labels)
+    assert not told(assigner.step)
+
+
+# A head that is gone
+
+
+def test_a_head_replaced_by_hand():
+    loop = model_in_eval_mode()
+    loop.model.train()
+    loop.epoch()
+    before = loop.assigner.class_means.clone()
+    loop.model[1] = nn.Linear(8, 4)
+    with pytest.raises(HeadNotFoundError, match="another layer was put in its place"):
+        loop.assigner.step()
+    assert torch.equal(loop.assigner.class_means, before)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_copies_of_an_assigner_and_heads_without_their_model_step(copied):
+    loop = model_in_eval_mode()
+    loop.model.train()
+    loop.epoch()
+    other = copied(loop.assigner)
+    assert not told(other.step)
+    head = loop.model[1]
+    assigner = DynamicAssigner(loop.model)
+    assigner.update(head(batch()[0]), batch()[1])
+    del loop
+    gc.collect()
+    assert not told(assigner.step)
+
+
+# Outputs that are none
+
+
+@pytest.mark.parametrize("factor", [1.1, 100.0])
+@pytest.mark.parametrize("training_output", ["logits", "embedding"])
+def test_outputs_beyond_any_cosine_are_refused(factor, training_output):
+    head = HypersphericalHead(8, 6, dim=3, training_output=training_output)
+    features, labels = batch()
+    output = nn.functional.normalize(torch.ones(32, 3)) if training_output == "embedding" else head(features)
+    scale = 1.0 if training_output == "embedding" else float(head.logit_scale / output.detach().abs().max())
+    assigner = DynamicAssigner(head)
+    with pytest.raises(ArgumentError, match=r"cosines, in \[-1, 1\]"):
+        BalancedLoss(assigner)(factor * scale * output, labels)
+    assert not assigner.class_counts.any()
+    BalancedLoss(assigner)(scale * output, labels)
+
+
+@given(
+    width=st.sampled_from([3, 8, 20]), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), seed=SEEDS
+)
+def test_what_a_head_returns_is_never_refused(width, dtype, seed):
+    model = make_model(num_classes=width, dim=8, bank="random", seed=seed % 1000)
+    output = model(batch(seed=seed)[0])
+    labels = batch(num_classes=width)[1]
+    for each in (output, 0.3 * output + 0.7 * output.flip(0), torch.zeros_like(output), output[:0]):
+        BalancedLoss(model)(each.to(dtype), labels[: len(each)])
+
+
+def test_what_is_not_finite_passes_for_a_gradient_scaler_to_see():
+    model = make_model()
+    output = model(batch()[0]).detach()
+    for value in (float("nan"), float("inf")):
+        output[0, 0] = value
+        assert not torch.isfinite(BalancedLoss(model)(output, batch()[1]))
+
+
+def test_as_wide_as_each_other_embeddings_and_logits_are_told_apart_by_length():
+    features, labels = batch()
+    head = HypersphericalHead(8, 4, dim=4)
+    with pytest.raises(ArgumentError, match="as wide as"):
+        BalancedLoss(head)(head.embed(features), labels)
+    with pytest.warns(HyperprotoWarning, match="saves nothing"):
+        head = HypersphericalHead(8, 4, dim=4, training_output="embedding")
+    embeddings, logits = head(features), head.eval()(features)
+    with pytest.raises(ArgumentError, match="as wide as"):
+        BalancedLoss(head)(embeddings, labels)
+    BalancedLoss(head)(logits, labels)
+    head.train()
+    with pytest.raises(ArgumentError, match="as wide as"):
+        BalancedLoss(head)(logits, labels)
+    BalancedLoss(head)(embeddings, labels)
+
+
+def test_orthonormal_prototypes_at_scale_one_have_logits_of_length_one():
+    head = HypersphericalHead(4, 4, bank=PrototypeBank.from_tensor(torch.eye(4)), projection="linear", logit_scale=1.0)
+    PrototypeCrossEntropyLoss(head)(head(torch.randn(5, 4)), torch.tensor([0, 1, 2, 3, 0]))
+
+
+@pytest.mark.parametrize("dim", [4, 8])
+def test_embeddings_as_wide_as_logits_are_told_when_the_head_is_made(dim):
+    assert len(told(lambda: HypersphericalHead(8, 4, dim=dim, training_output="embedding"))) == 1
+    assert not told(lambda: HypersphericalHead(8, dim + 1, dim=dim, training_output="embedding"))
+
+
+# Banks and options
+
+
+@given(seed=SEEDS, num_prototypes=st.integers(3, 40), dim=st.integers(2, 40), factor=st.floats(0.1, 10.0))
+def test_equal_prototypes_are_told_with_their_rows(seed, num_prototypes, dim, factor):
+    rows = torch.randn(num_prototypes, dim, generator=torch.Generator().manual_seed(seed))
+    if dim > 3:  # in fewer dimensions random rows may come as close by chance
+        assert not told(lambda: PrototypeBank.from_tensor(rows))
+    first, second = seed % num_prototypes, (seed + 1 + seed % (num_prototypes - 1)) % num_prototypes
+    rows[second] = factor * rows[first]
+    pair = (min(first, second), max(first, second))
+    [message] = told(lambda: PrototypeBank.from_tensor(rows))
+    assert str(pair) in message
+
+
+def test_momentum_set_afterwards_is_checked_as_at_the_start():
+    assigner, plain = DynamicAssigner(make_model()), DynamicAssigner(make_model(), momentum=None)
+    assigner.momentum = 0.5
+    for each, wrong in ((assigner, 1.5), (assigner, None), (plain, 0.9)):
+        before = each.momentum
+        with pytest.raises(ArgumentError, match="momentum"):
+            each.momentum = wrong
+        assert each.momentum == before
+    plain.momentum = None
+
+
+# Documentation
+
+
+def test_every_documented_loop_makes_its_optimizer_after_the_conversion():
+    root = Path(__file__).parents[1]
+    for page in (root / "README.md", *(root / "docs").glob("*.md")):
+        for block in page.read_text().split("```python")[1:]:
+            code = block.partition("```")[0]
+            if "convert_model(" in code and "optimizer.step()" in code:
+                assert -1 < code.index("convert_model(") < code.find("torch.optim."), page.name
