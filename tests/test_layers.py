@@ -77,6 +77,7 @@ INNER_LAYERS = {
         "statistics",
         "closed_form",
         "components",
+        "batches",
         "features",
         "lbfgs",
         "report",
