@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -29,10 +30,10 @@ BATCH_NUMBERS = 2**22
 
 def check_fit_options(scale: float, iterations: int) -> None:
     """Raise ArgumentError unless L-BFGS can run with these."""
-    if not (math.isfinite(scale) and scale > 0.0):
-        raise ArgumentError(f"expected a finite scale > 0, got {scale}.")
-    if iterations < 1:
-        raise ArgumentError(f"expected at least 1 iteration, got {iterations}.")
+    if not (isinstance(scale, Real) and math.isfinite(scale) and scale > 0.0):
+        raise ArgumentError(f"expected a finite scale > 0, got {scale!r}.")
+    if not (isinstance(iterations, Integral) and iterations >= 1):
+        raise ArgumentError(f"expected iterations to be a whole number, at least 1 iteration, got {iterations!r}.")
 
 
 def cross_entropy_with(projection: nn.Module, vectors: Tensor, scale: float) -> SampleLoss:
