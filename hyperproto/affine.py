@@ -125,6 +125,7 @@ def affine_state(
     centre: Tensor | None = None,
     mean: Tensor | None = None,
     covariance: Tensor | None = None,
+    keep_statistics: bool = False,
 ) -> dict[str, Tensor]:
     r"""The `state_dict` with which a projection computes a positive multiple of A (x - c) + o; changes nothing.
 
@@ -142,6 +143,8 @@ def affine_state(
         centre: c (F,) float64; zero by default.
         mean: (F,) of the features.
         covariance: (F, F) of the features.
+        keep_statistics: batch norm keeps its running statistics, and weight and bias make up for them: eval mode
+            computes the same.
 
     Returns:
         All entries of the projection's `state_dict`.
@@ -165,6 +168,8 @@ def affine_state(
         spread = weight if covariance is None else weight @ covariance
         variance = (spread * weight).sum(dim=1).clamp_min(0.0)
         length = _at_least_tiny(variance.mean().sqrt())
+        if keep_statistics:
+            location, variance = (state[f"1.running_{name}"].cpu().double() for name in ("mean", "var"))
         state["1.running_mean"], state["1.running_var"] = location, variance
         state["1.weight"] = (variance + batch_norm.eps).sqrt() / length
         state["1.bias"] = (location + shift) / length

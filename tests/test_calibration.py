@@ -1,15 +1,28 @@
 """The fitted scale."""
 
+import gc
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from ranks import run_on_ranks
 from scipy.optimize import brentq
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from hyperproto import ArgumentError, HeadNotFoundError, HypersphericalHead, LabelError, ShapeError, fit_logit_scale
+from hyperproto import (
+    ArgumentError,
+    HeadNotFoundError,
+    HyperprotoWarning,
+    HypersphericalHead,
+    LabelError,
+    ShapeError,
+    fit_logit_scale,
+)
+from hyperproto.testing import SEEDS
 
 
 def make_model() -> nn.Sequential:
@@ -90,7 +103,9 @@ def test_always_right_gives_the_largest_scale_and_soft_targets_work():
     model = make_model()
     features = torch.randn(50, 6)
     labels = model.eval()(features).argmax(dim=1)
-    sure = fit_logit_scale(model, [(features, labels)])
+    with pytest.warns(HyperprotoWarning, match="the larger the scale the better") as caught:
+        sure = fit_logit_scale(model, [(features, labels)])
+    assert caught[0].filename == __file__
     soft = fit_logit_scale(model, [(features, nn.functional.one_hot(labels, 4).float() * 0.7 + 0.075)])
     assert 1 < soft < sure
     assert math.isfinite(sure)
@@ -139,7 +154,57 @@ def test_the_scale_keeps_to_its_bounds():
     head = HypersphericalHead(2, 2, projection="none", bank="simplex")
     labels = torch.tensor([0, 1]).repeat(20)
     wrong = head.class_prototypes[1 - labels]
-    assert fit_logit_scale(head, [(wrong, labels)]) == pytest.approx(1e-2, rel=1e-2)
+    with pytest.warns(HyperprotoWarning, match="the smaller the scale the better"):
+        assert fit_logit_scale(head, [(wrong, labels)]) == pytest.approx(1e-2, rel=1e-2)
     # All right, and by so little that more is always better.
     own, across = head.class_prototypes[labels], head.class_prototypes.flip(1)[labels] * torch.tensor([1.0, -1.0])
-    assert fit_logit_scale(head, [(5e-4 * own + across, labels)]) == pytest.approx(1e4, rel=1e-2)
+    with pytest.warns(HyperprotoWarning, match="the larger the scale the better"):
+        assert fit_logit_scale(head, [(5e-4 * own + across, labels)]) == pytest.approx(1e4, rel=1e-2)
+
+
+@given(seed=SEEDS, num_classes=st.integers(2, 8), log_true=st.floats(-1.0, 4.0), soft=st.booleans())
+def test_the_scale_is_that_of_the_likelihood_wherever_it_lies(seed, num_classes, log_true, soft):
+    generator = torch.Generator().manual_seed(seed)
+    head = HypersphericalHead(4, num_classes, projection="none", bank="random", seed=seed)
+    features = torch.randn(300, 4, generator=generator)
+    cosines = (head.eval()(features) / head.logit_scale).double()
+    labels = torch.multinomial((math.exp(log_true) * cosines).softmax(dim=1), 1, generator=generator)[:, 0]
+    # A tenth at random, so that there is a maximum.
+    labels[::10] = torch.randint(num_classes, (30,), generator=generator)
+    target = nn.functional.one_hot(labels, num_classes).double() * (0.8 if soft else 1.0) + (0.2 / num_classes) * soft
+
+    def slope(s: float) -> float:
+        return float(((s * cosines).softmax(dim=1) * cosines).sum() - (target * cosines).sum())
+
+    if slope(2e-2) < 0.0:
+        fitted = fit_logit_scale(head, [(features, target.float() if soft else labels)])
+        assert fitted == pytest.approx(brentq(slope, 1e-2, 1e4), rel=1e-3)
+
+
+def test_memory_does_not_grow_with_the_samples():
+    head = HypersphericalHead(8, 500, dim=8, projection="none", bank="random")
+    features = torch.randn(64, 8)
+    batch = (features, torch.multinomial((head(features) / 4.0).softmax(dim=1), 1)[:, 0])
+    held = []
+
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for _ in range(20):
+            gc.collect()
+            # Cosines that are kept from one batch to the next.
+            held.append(
+                sum(each.numel() for each in gc.get_objects() if type(each) is torch.Tensor and each.dim() == 2)
+            )
+            yield batch
+
+    fit_logit_scale(head, batches())
+    assert held[-1] == held[2]
+
+
+def test_a_scale_that_is_a_parameter_is_written_too():
+    model = make_model()
+    model[2].logit_scale = nn.Parameter(torch.tensor(10.0))
+    data = loader(model)
+    assert fit_logit_scale(model, data) == float(model[2].logit_scale.detach())
+    assert model[2].logit_scale.requires_grad
+    with torch.inference_mode():
+        assert fit_logit_scale(model, data) == float(model[2].logit_scale)

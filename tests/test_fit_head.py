@@ -630,3 +630,23 @@ def test_ranks_agree_bit_for_bit_and_with_one_process():
     fit = fit_head(alone, batched(*clouds(6, 8)))
     assert_same_state(alone, first, atol=1e-5, rtol=1e-4)
     assert [fit.accuracy, fit.num_samples] == first_fit[1:]
+
+
+# A few large features
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@given(seed=SEEDS, factor=st.sampled_from([1.0, 1e2, 1e3, 1e4]))
+@settings(max_examples=10)
+def test_one_large_feature_does_not_blind_a_fit(turned, seed, factor):
+    features, labels = clouds(5, 16, apart=4.0, per_class=40, seed=seed)
+    features[:, 3] *= factor
+    if turned:  # not along an axis
+        features = features @ torch.linalg.qr(normal(16, 16, seed=seed).double()).Q.float()
+    assert fit_head(make_head(5, 16, 4, bank="simplex"), batched(features, labels)).accuracy > 0.95
+
+
+def test_one_large_sample_does_not_blind_a_fit():
+    features, labels = clouds(5, 16, apart=4.0, per_class=40)
+    features[7] *= 1e4
+    assert fit_head(make_head(5, 16, 4, bank="simplex"), batched(features, labels)).accuracy > 0.95

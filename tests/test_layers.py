@@ -80,6 +80,7 @@ INNER_LAYERS = {
         "statistics",
         "closed_form",
         "components",
+        "batches",
         "features",
         "lbfgs",
         "report",

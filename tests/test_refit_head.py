@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from hyperproto import (
     BalancedLoss,
     DynamicAssigner,
     HeadNotFoundError,
+    HyperprotoWarning,
     HypersphericalHead,
     LabelError,
     PrototypeBank,
@@ -37,6 +39,7 @@ from hyperproto import (
 )
 from hyperproto.affine import affine
 from hyperproto.conversion.channels import ChannelsFirstHead
+from hyperproto.fitting import compress_head as compress_module
 from hyperproto.fitting import data
 from hyperproto.fitting import refit_head as module
 from hyperproto.fitting.components import principal_components
@@ -579,3 +582,87 @@ def test_ranks_whose_running_statistics_differ_fit_the_model_of_the_first():
                 assert second[name].unique().tolist() == [1.0]
             else:
                 assert torch.equal(value, second[name]), name
+
+
+# Never worse without a word
+
+
+def separable(projection: str = "linear+bn", width: int = 16) -> tuple[HypersphericalHead, torch.Tensor, torch.Tensor]:
+    features, labels = clouds(5, width, apart=5.0)
+    return make_head(5, width, 4, projection=projection, bank="simplex"), features, labels
+
+
+@pytest.mark.parametrize("projection", ["linear", "linear+bn"])
+@given(seed=SEEDS, shift=st.sampled_from([0.0, 10.0, 3000.0]), exponent=st.integers(-30, 12))
+@settings(max_examples=15)
+def test_a_refit_is_no_worse_than_before_and_than_least_squares_or_says_so(projection, seed, shift, exponent):
+    head, features, labels = separable(projection)
+    features = 10.0**exponent * (features + shift * normal(16, seed=seed))
+    before = class_mean_loss(copy.deepcopy(head), features, labels, 16.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            fit = refit_head(head, batched(features, labels), iterations=20)
+        except ArgumentError:
+            return
+    assert all(torch.isfinite(value).all() for value in head.state_dict().values())
+    assert class_mean_loss(head, features, labels, 16.0) <= before * (1 + 1e-5)
+    assert caught or fit.accuracy == 1.0
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, 1.0])
+@pytest.mark.parametrize("compress", [False, True])
+def test_what_comes_out_of_lbfgs_worse_is_not_written(compress, broken, monkeypatch):
+    def spoil(loss, parameters, batches, **options):
+        with torch.no_grad():
+            for each in parameters:
+                each.fill_(broken)
+
+    head, features, labels = separable()
+    model = nn.Sequential(head)
+    fit_head(model, batched(features, labels))
+    monkeypatch.setattr(compress_module if compress else module, "minimise", spoil)
+    before = {name: value.clone() for name, value in head.projection.state_dict().items()}
+    if compress:
+        fit = compress_head(model, batched(features, labels), dim=4)
+        assert fit.accuracy == 1.0
+        assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+    else:
+        with torch.no_grad():  # nothing is better than this in closed form
+            monkeypatch.setattr(module, "least_squares", lambda projection, *_, **__: projection.state_dict())
+        with pytest.warns(HyperprotoWarning) as caught:
+            assert refit_head(model, batched(features, labels)).accuracy == 1.0
+        assert any("the present one stays" in str(each.message) for each in caught)
+        assert all(each.filename == __file__ for each in caught)
+        assert_same_state(head.projection, before)
+
+
+def test_samples_that_are_all_told_apart_already_show_no_gain():
+    head, features, labels = separable()
+    fit_head(head, batched(features, labels))
+    with pytest.warns(HyperprotoWarning, match="held-out"):
+        refit_head(head, batched(features, labels), iterations=3)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_fits_work_in_inference_mode(compress):
+    head, features, labels = separable()
+    model = nn.Sequential(head)
+    with torch.inference_mode():
+        refit = (
+            compress_head(model, [(features, labels)], dim=4) if compress else refit_head(model, [(features, labels)])
+        )
+    assert refit.accuracy == 1.0
+    assert not any(value.is_inference() for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize("options", [{"scale": "16"}, {"scale": None}, {"iterations": "5"}, {"iterations": 2.5}])
+def test_options_of_another_type(options):
+    head, features, labels = separable()
+    model = nn.Sequential(head)
+    with pytest.raises(ArgumentError, match=next(iter(options))):
+        refit_head(model, batched(features, labels), **options)
+    with pytest.raises(ArgumentError, match=next(iter(options))):
+        compress_head(model, batched(features, labels), dim=2, **options)
+    with pytest.raises(ArgumentError, match="dim, a whole number"):
+        compress_head(model, batched(features, labels), dim=5 / 2)

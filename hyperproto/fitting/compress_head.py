@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from functools import partial
+from numbers import Integral
 from typing import Any
 
+import torch
 from torch import nn
 
 from hyperproto.affine import affine, layers_of
@@ -14,12 +18,13 @@ from hyperproto.conversion.replace import replace_head
 from hyperproto.errors import ArgumentError
 from hyperproto.fitting.components import principal_components
 from hyperproto.fitting.data import HeldFeatures, check_fit_options, cross_entropy_with
-from hyperproto.fitting.lbfgs import minimise
+from hyperproto.fitting.lbfgs import class_mean, minimise
 from hyperproto.fitting.report import HeadFit
 from hyperproto.head import HypersphericalHead, get_heads, require_heads
 from hyperproto.ranks import ProcessGroup, check_member
 
 
+@torch.inference_mode(False)
 def compress_head(
     model: nn.Module,
     loader: Iterable[Any],
@@ -85,14 +90,25 @@ def compress_head(
     to_logits = old.class_prototypes.cpu().double() @ matrix  # (C, F)
     projection, start = principal_components(to_logits, features.scatters[0], dim)
     projection, vectors = projection.to(old.assignment.device), nn.Parameter(start.to(old.assignment.device))
-    minimise(
-        cross_entropy_with(projection, vectors, scale),
-        [*projection.parameters(), vectors],
-        batches,
+    measure = partial(
+        class_mean,
+        batches=batches,
         num_classes=old.num_classes,
-        iterations=iterations,
+        device=vectors.device,
         process_group=process_group,
     )
+    loss, fitted = cross_entropy_with(projection, vectors, scale), [*projection.parameters(), vectors]
+    begun, started = [each.detach().clone() for each in fitted], measure(loss)
+    if math.isinf(started):
+        raise ArgumentError(
+            "the features that reach the head are too large or too small for float32; the model is unchanged. Scale "
+            "them, or normalise in front of the head."
+        )
+    minimise(loss, fitted, batches, num_classes=old.num_classes, iterations=iterations, process_group=process_group)
+    if measure(loss) > started:
+        with torch.no_grad():
+            for each, value in zip(fitted, begun, strict=True):
+                each.copy_(value)
     head = old.like(PrototypeBank.from_tensor(vectors), logit_scale=scale)
     head.projection.load_state_dict(projection.state_dict())
     replace_head(model, name, head)
@@ -106,5 +122,8 @@ def _check_compressible(head: HypersphericalHead, name: str, others: list[str], 
         raise ArgumentError(f"expected a model with one head, got {1 + len(others)}, at {', '.join([name, *others])}.")
     if layers_of(head.projection).batch_norm is None:
         raise ArgumentError('expected a head with projection="linear+bn": the new one has it, and starts from the old.')
-    if not 2 <= dim <= head.num_classes:
-        raise ArgumentError(f"expected dim from 2 to the number of classes, {head.num_classes}, got {dim}.")
+    if not (isinstance(dim, Integral) and 2 <= dim <= head.num_classes):
+        raise ArgumentError(
+            f"expected dim, a whole number (for a quotient use //), from 2 to the number of classes, "
+            f"{head.num_classes}, got {dim}."
+        )

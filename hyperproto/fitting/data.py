@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -11,11 +13,12 @@ from torch import Tensor, nn
 
 from hyperproto.errors import ArgumentError, LabelError
 from hyperproto.fitting.features import collect
-from hyperproto.fitting.lbfgs import Batches, SampleLoss
+from hyperproto.fitting.lbfgs import Batches, SampleLoss, class_weights
 from hyperproto.fitting.report import HeadFit, report_fit
+from hyperproto.fitting.statistics import SMALLEST_VARIANCE, ClassScatter
 from hyperproto.functional import scaled_cross_entropy
 from hyperproto.head import HypersphericalHead
-from hyperproto.ranks import ProcessGroup
+from hyperproto.ranks import ProcessGroup, add_up_ranks
 from hyperproto.sphere import assigned_cosines, normalise
 
 #: Samples of a batch. The vectors that L-BFGS keeps come to lie where the last batch's temporaries were: with large
@@ -27,10 +30,10 @@ BATCH_NUMBERS = 2**22
 
 def check_fit_options(scale: float, iterations: int) -> None:
     """Raise ArgumentError unless L-BFGS can run with these."""
-    if not (math.isfinite(scale) and scale > 0.0):
-        raise ArgumentError(f"expected a finite scale > 0, got {scale}.")
-    if iterations < 1:
-        raise ArgumentError(f"expected at least 1 iteration, got {iterations}.")
+    if not (isinstance(scale, Real) and math.isfinite(scale) and scale > 0.0):
+        raise ArgumentError(f"expected a finite scale > 0, got {scale!r}.")
+    if not (isinstance(iterations, Integral) and iterations >= 1):
+        raise ArgumentError(f"expected iterations to be a whole number, at least 1 iteration, got {iterations!r}.")
 
 
 def cross_entropy_with(projection: nn.Module, vectors: Tensor, scale: float) -> SampleLoss:
@@ -71,9 +74,25 @@ class HeldFeatures:
             samples[index].add(features, target.to(device))
 
         self._statistics, self._num_samples = collect(model, heads, loader, keep, process_group=process_group)
-        self._process_group = process_group
+        self._process_group, self._device = process_group, device
         self.scatters = [statistics.scatter() for statistics in self._statistics]
         self.batches = [each.batches() for each in samples]
+
+    def balanced(self, index: int) -> ClassScatter:
+        """Of a head's features, with each class's own spread counting alike, and next to no shrinking.
+
+        What `regress` makes of it is then the minimum on these samples, and does not depend on how often each came.
+        """
+        scatter, batches = self.scatters[index], self.batches[index]
+        num_classes, device = len(self._statistics[index].counts), self._device
+        weights = class_weights(batches, num_classes, device, process_group=self._process_group).cpu().double()
+        balanced = torch.zeros_like(scatter.within)
+        for features, labels in batches:
+            offsets = features.cpu().double() - scatter.centre
+            balanced.addmm_(offsets.T, weights[labels.cpu(), None] * offsets)
+        add_up_ranks([balanced], device, process_group=self._process_group)
+        balanced.diagonal().add_(SMALLEST_VARIANCE * float(balanced.trace()) / len(balanced))
+        return dataclasses.replace(scatter, balanced=balanced)
 
     def report(self, head: HypersphericalHead) -> HeadFit:
         """What the first head reached."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperproto.errors import ArgumentError, HeadNotFoundError, ShapeError
+from hyperproto.fitting.batches import moved, num_samples, read_batches
 from hyperproto.fitting.statistics import FeatureStatistics
 from hyperproto.head import HypersphericalHead
 from hyperproto.modes import eval_mode
@@ -36,7 +38,7 @@ def collect(
     Args:
         model: it is run in eval mode; under torch.distributed as the model of the first rank.
         heads: of the model.
-        loader: batches whose first two items are inputs and targets.
+        loader: see `read_batches`.
         keep: gets the features as they come, where the model is.
         process_group: the ranks that share out the data.
 
@@ -61,12 +63,31 @@ def collect(
 
 @torch.no_grad()
 def run_batches(model: nn.Module, loader: Iterable[Any], head: HypersphericalHead) -> Iterator[tuple[Any, Tensor]]:
-    """What the model returns for each batch of a loader, and the batch's target on the CPU, checked."""
-    device = head.assignment.device
-    for inputs, target, *_ in loader:
-        target = target.cpu()
-        check_target(target, len(inputs), head.num_classes)
-        yield model(inputs.to(device)), target
+    """What the model returns for each batch of a loader, and the batch's target on the CPU, checked.
+
+    The target is labels (B,), soft targets (B, C), or labels (B, ...) of the positions of maps or of tokens. What is
+    taken for a loader and for a batch is said in `read_batches`.
+
+    Raises:
+        ArgumentError: no loader, or batches that are not inputs and targets.
+        LabelError, ShapeError: targets that do not fit.
+    """
+    device = next(itertools.chain(model.parameters(), model.buffers())).device  # where the model begins
+    for inputs, target in read_batches(loader):
+        if is_of_positions(target):
+            check_target(target.flatten(), target.numel(), head.num_classes)
+            if len(target) != num_samples(inputs):
+                raise ShapeError(
+                    f"expected labels of the {num_samples(inputs)} samples of the inputs, got {tuple(target.shape)}."
+                )
+        else:
+            check_target(target, num_samples(inputs), head.num_classes)
+        yield model(moved(inputs, device)), target
+
+
+def is_of_positions(target: Tensor) -> bool:
+    """Whether these are labels (B, ...) of each position of maps, or of each token."""
+    return target.dim() > 1 and not target.is_floating_point()
 
 
 @torch.no_grad()
@@ -79,11 +100,11 @@ def _feed(
 ) -> int:
     """Give `consume` what the model's heads project, batch by batch; the number of samples."""
     model = unwrapped(model)
-    num_samples = 0
+    count = 0
     projections = [head.projection for head in heads]
     with captured_features(model, projections, process_group=process_group) as captured:
         for _, target in run_batches(model, loader, heads[0]):
-            num_samples += len(target)
+            count += target.numel() if is_of_positions(target) else len(target)
             for index, features in captured:
                 consume(index, features, _target_of_rows(target, len(features)))
             if len(target) and len({index for index, _ in captured}) < len(heads):
@@ -92,7 +113,7 @@ def _feed(
                     "there are no features to fit them to. Pass the model whose forward pass ends in the head."
                 )
             captured.clear()
-    return num_samples
+    return count
 
 
 @contextmanager
@@ -150,6 +171,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def _target_of_rows(target: Tensor, num_rows: int) -> Tensor:
     """The target (B, ...) of each of B times so many rows: positions of feature maps, or tokens, are samples too."""
+    if is_of_positions(target):
+        if target.numel() != num_rows:
+            raise ShapeError(
+                f"expected labels for each of the {num_rows} positions that reach the head, got {tuple(target.shape)}. "
+                "Bring labels to the size of the head's maps; one-hot targets have to be floating point."
+            )
+        return target.flatten()
     positions, rest = divmod(num_rows, max(len(target), 1))
     if rest:
         raise ShapeError(f"expected features of {len(target)} samples at the head, as many as targets, got {num_rows}.")

@@ -17,6 +17,7 @@ from hyperproto.fitting.report import HeadFit, report_fit
 from hyperproto.fitting.statistics import FeatureSample, FeatureStatistics
 from hyperproto.head import HypersphericalHead, require_heads
 from hyperproto.matching.solve import solve_assignment
+from hyperproto.projection import has_layers
 from hyperproto.ranks import ProcessGroup, check_member
 
 #: Numbers of the features kept to measure the accuracy of the start by: 128 MiB.
@@ -59,8 +60,10 @@ def fit_head(model: nn.Module, loader: Iterable[Any], *, process_group: ProcessG
 
     Args:
         model: a converted model, bare or wrapped, or a head (whose inputs the batches are then).
-        loader: batches whose first two items are inputs and labels (B,) int64 (or soft targets (B, C), whose entries
-            weigh the sample for each label). The training data, without augmentation or with it.
+        loader: batches (inputs, labels (B,) int64), or soft targets (B, C), whose entries weigh the sample for each
+            label; or labels (B, ...) of the positions of maps and of tokens. Dictionaries whose names say which is
+            which, a data set, and a pair of whole arrays (X, y) will do. The training data, without augmentation or
+            with it.
         process_group: the ranks that share out the data; by default all.
 
     Returns:
@@ -97,13 +100,20 @@ def fit_head(model: nn.Module, loader: Iterable[Any], *, process_group: ProcessG
             sample.add(features.cpu(), target if target.dim() == 1 else target.argmax(dim=1))
 
     statistics, num_samples = collect(model, heads, loader, keep, process_group=process_group)
-    starts = [_fit(heads[0], statistics[0], None)]
-    starts += [_fit(*each, starts[0].assignment) for each in zip(heads[1:], statistics[1:], strict=True)]
-    for head, start in zip(heads, starts, strict=True):
-        start.write_into(head)
     rows, labels = sample.draw()
-    batches = zip(torch.split(rows, ACCURACY_CHUNK), torch.split(labels, ACCURACY_CHUNK), strict=True)
-    return report_fit(heads[0], statistics[0], num_samples, batches, process_group=process_group)
+    batches = list(zip(torch.split(rows, ACCURACY_CHUNK), torch.split(labels, ACCURACY_CHUNK), strict=True))
+
+    def write(starts: list[_Start]) -> HeadFit:
+        for head, start in zip(heads, starts, strict=True):
+            start.write_into(head)
+        return report_fit(heads[0], statistics[0], num_samples, batches, process_group=process_group)
+
+    starts = _fit_all(heads, statistics, shrunk=True)
+    if not (has_layers(heads[0].projection) and statistics[0].shrinking_hides_most()):
+        return write(starts)
+    others = _fit_all(heads, statistics, shrunk=False)
+    fit, other = write(starts), write(others)
+    return other if other.accuracy > fit.accuracy else write(starts)
 
 
 @dataclass(frozen=True)
@@ -118,7 +128,16 @@ class _Start:
         head.assign_(self.assignment.to(head.assignment.device))
 
 
-def _fit(head: HypersphericalHead, statistics: FeatureStatistics, assignment: Tensor | None) -> _Start:
+def _fit_all(
+    heads: tuple[HypersphericalHead, ...], statistics: list[FeatureStatistics], *, shrunk: bool
+) -> list[_Start]:
+    """The closed form for all heads, of which the first chooses the assignment."""
+    first = _fit(heads[0], statistics[0], None, shrunk=shrunk)
+    others = zip(heads[1:], statistics[1:], strict=True)
+    return [first, *(_fit(*each, first.assignment, shrunk=shrunk) for each in others)]
+
+
+def _fit(head: HypersphericalHead, statistics: FeatureStatistics, assignment: Tensor | None, *, shrunk: bool) -> _Start:
     """The closed form for one head, with the assignment given or chosen here."""
     prototypes, current = head.bank.prototypes.cpu().double(), head.assignment.cpu()
     layers = layers_of(head.projection)
@@ -126,7 +145,7 @@ def _fit(head: HypersphericalHead, statistics: FeatureStatistics, assignment: Te
         if assignment is None:
             assignment = solve_assignment(statistics.sums, prototypes, current=current).assignment
         return _Start(assignment, {})
-    scatter = statistics.scatter()
+    scatter = statistics.scatter(shrunk=shrunk)
     if assignment is None:
         assignment = match_classes(scatter, prototypes, current)
     targets = prototypes[assignment[scatter.labels]]  # (S, D)

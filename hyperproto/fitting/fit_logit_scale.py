@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyperproto.errors import ArgumentError
-from hyperproto.fitting.features import evaluating, run_batches, unwrapped
+from hyperproto.conversion.channels import ChannelsFirstHead
+from hyperproto.errors import ArgumentError, ShapeError
+from hyperproto.fitting.features import evaluating, is_of_positions, run_batches, unwrapped
 from hyperproto.head import HypersphericalHead, require_heads
 from hyperproto.ranks import ProcessGroup, add_up_ranks, check_member
+from hyperproto.telling import tell
 
 #: Scales between which the best one is looked for.
 SCALE_BOUNDS = (1e-2, 1e4)
 
+#: Scales at which the likelihood's slope is summed up, at even ratios. Between two of them it is a cubic to 1e-5.
+NUM_SCALES = 61
 
+#: Slopes below this, for each sample: the likelihood is flat there.
+SMALLEST_SLOPE = 1e-12
+
+
+@torch.no_grad()
 def fit_logit_scale(model: nn.Module, loader: Iterable[Any], *, process_group: ProcessGroup | None = None) -> float:
     r"""Scale s that minimises the negative log-likelihood of held-out data; set on the model's heads in place.
 
     $$ s = \arg\min_s \; -\frac1N \sum_b \log \operatorname{softmax}(s \, \cos_b)_{y_b} $$
 
     One pass in eval mode without gradients; modes and the global generator are as before afterwards. The ranking of
-    classes does not change, only how sure the probabilities are. Use data apart from training and test set. Under
+    classes does not change, only how sure the probabilities are. Use data apart from training and test set. Memory:
+    that of one batch; the derivative by s, which never falls, is summed up at scales between which it is interpolated.
+    Where the likelihood has no maximum in the interval, a `HyperprotoWarning` says so, and s is the bound. Under
     torch.distributed every rank must call it, each with its share of the data or all with the same: all take rank 0's
     buffers first, as DistributedDataParallel does, and arrive at the same scale.
 
     Args:
         model: a converted model, bare or wrapped, or a head.
-        loader: batches whose first two items are inputs and labels (N,) int64 (or soft targets).
+        loader: as for `fit_head`.
         process_group: the ranks that share out the data; by default all.
 
     Returns:
@@ -44,49 +54,124 @@ def fit_logit_scale(model: nn.Module, loader: Iterable[Any], *, process_group: P
     Examples:
         >>> head = HypersphericalHead(8, 4, dim=3)
         >>> features = torch.randn(64, 8)
-        >>> scale = fit_logit_scale(head, [(features, head(features).argmax(dim=1))])
+        >>> labels = torch.multinomial(head(features).softmax(dim=1), 1)[:, 0]
+        >>> scale = fit_logit_scale(head, (features, labels))
         >>> scale == float(head.logit_scale)
         True
 
     References:
         Guo et al., On calibration of modern neural networks, ICML 2017 (temperature scaling).
     """
-    from scipy.optimize import minimize_scalar
+    from scipy.interpolate import CubicHermiteSpline
 
     heads = require_heads(model)
     check_member(process_group)
-    device = heads[0].assignment.device
-    cosines, target = _collect_cosines(unwrapped(model), heads[0], loader, process_group)
-
-    def negative_log_likelihood(log_scale: float) -> float:
-        loss = F.cross_entropy(math.exp(log_scale) * cosines, target, reduction="sum")
-        total = loss.reshape(1)
-        add_up_ranks([total], device, process_group=process_group)
-        return float(total)
-
-    bounds = tuple(math.log(bound) for bound in SCALE_BOUNDS)
-    scale = math.exp(minimize_scalar(negative_log_likelihood, bounds=bounds, method="bounded").x)
+    scales = torch.from_numpy(np.geomspace(*SCALE_BOUNDS, NUM_SCALES))
+    slopes, curvatures, num_samples = _sum_slopes(unwrapped(model), heads[0], loader, scales, process_group)
+    flat = SMALLEST_SLOPE * num_samples
+    if slopes[0] > -flat:
+        scale = SCALE_BOUNDS[0]
+        tell(
+            f"fit_logit_scale: the smaller the scale the better, down to the bound of {scale:g}: the model predicts "
+            "nothing of these labels. Train it first, and check that the labels are numbered as in training."
+        )
+    elif slopes[-1] < flat:
+        scale = SCALE_BOUNDS[1]
+        tell(
+            f"fit_logit_scale: the larger the scale the better, up to the bound of {scale:g}: the model is right on "
+            "all of these samples, and their probabilities become 1. Fit on data that the model was not trained on, "
+            "and on more of them."
+        )
+    else:
+        above = int((slopes > 0.0).int().argmax())
+        interval = slice(above - 1, above + 1)
+        logs = scales[interval].log()
+        curve = CubicHermiteSpline(logs, slopes[interval], (scales * curvatures)[interval])
+        scale = float(np.exp(curve.solve(0.0, extrapolate=False)[0]))
     for head in heads:
         head.logit_scale.fill_(scale)
     return float(heads[0].logit_scale)
 
 
-@torch.no_grad()
-def _collect_cosines(
-    model: nn.Module, head: HypersphericalHead, loader: Iterable[Any], process_group: ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
-    """(N, C) cosines and the targets of a whole loader, on the CPU; N may be 0 on ranks that have none."""
-    cosines, targets = [torch.zeros(0, head.num_classes, device="cpu")], []
+def _sum_slopes(
+    model: nn.Module,
+    head: HypersphericalHead,
+    loader: Iterable[Any],
+    scales: Tensor,
+    process_group: ProcessGroup | None,
+) -> tuple[Tensor, Tensor, float]:
+    """First and second derivative by s of the negative log-likelihood of all ranks' samples, and how many there are.
+
+    Args:
+        model: not wrapped.
+        head: the first of the model's.
+        loader: of this rank; it may be empty.
+        scales: (K,) float64 on the CPU.
+        process_group: the ranks that share out the data.
+
+    Returns:
+        (K,) and (K,) float64 on the CPU, and a number above 0.
+
+    Raises:
+        ArgumentError: no samples, or outputs that are not finite.
+    """
+    slopes, curvatures = torch.zeros_like(scales), torch.zeros_like(scales)
+    counts = torch.zeros(2, dtype=torch.float64, device="cpu")  # samples, and values that are not finite
     with evaluating(model, process_group=process_group):
         for output, target in run_batches(model, loader, head):
-            cosines.append(head.read(output).cosines().cpu())
-            targets.append(target)
-    gathered = torch.cat(cosines).double()
-    checks = torch.tensor([len(gathered), (~torch.isfinite(gathered)).sum()], dtype=torch.float64, device="cpu")
-    add_up_ranks([checks], head.assignment.device, process_group=process_group)
-    num_samples, num_wrong = checks.tolist()
+            if is_of_positions(target):
+                output, target = _rows(output, target, head), target.flatten()
+            cosines = head.read(output).cosines()
+            counts += torch.tensor([len(cosines), int((~torch.isfinite(cosines)).sum())], device="cpu")
+            sums = _slopes_of(cosines, target.to(cosines.device), scales.tolist()).sum(dim=2).cpu().double()
+            slopes += sums[:, 0]
+            curvatures += sums[:, 1]
+    add_up_ranks([counts, slopes, curvatures], head.assignment.device, process_group=process_group)
+    num_samples, num_wrong = counts.tolist()
     if not num_samples:
         raise ArgumentError("the loader gave no samples: the scale needs held-out data to be fitted on.")
     if num_wrong:
         raise ArgumentError("the model returned NaN or infinite logits; the scale is unchanged.")
-    return gathered, torch.cat(targets) if targets else torch.zeros(0, dtype=torch.int64, device="cpu")
+    return slopes, curvatures, num_samples
+
+
+def _slopes_of(cosines: Tensor, target: Tensor, scales: list[float]) -> Tensor:
+    r"""First and second derivative by s of each sample's negative log-likelihood.
+
+    $$ \operatorname{E}_{k \sim \operatorname{softmax}(s \cos_b)} \cos_{bk} - \cos_{b y_b}, \qquad
+        \operatorname{Var}_{k \sim \operatorname{softmax}(s \cos_b)} \cos_{bk} $$
+
+    Args:
+        cosines: (B, C) float32.
+        target: labels (B,), or soft targets (B, C), whose sums weigh the samples.
+        scales: K numbers.
+
+    Returns:
+        (K, 2, B) float32.
+    """
+    if target.dim() == 1:
+        weights, own = torch.ones_like(cosines[:, 0]), cosines.gather(1, target[:, None])
+    else:
+        weights = target.float().sum(dim=1)
+        own = torch.linalg.vecdot(target.float(), cosines)[:, None] / weights[:, None].clamp_min(1e-30)
+    # Differences, so that the mean of small ones does not drown in the rounding of cosines.
+    gaps = cosines - own
+    squares, exponents, shares = gaps.square(), gaps - gaps.amax(dim=1, keepdim=True), torch.empty_like(gaps)
+    slopes = []
+    for scale in scales:
+        torch.mul(exponents, scale, out=shares).exp_()
+        total = shares.sum(dim=1)
+        mean = torch.linalg.vecdot(shares, gaps) / total
+        variance = torch.linalg.vecdot(shares, squares) / total - mean.square()
+        slopes.append(torch.stack([weights * mean, weights * variance]))
+    return torch.stack(slopes)
+
+
+def _rows(output: Tensor, target: Tensor, head: HypersphericalHead) -> Tensor:
+    """Logits (N, C) of each position that has a label in the target (B, ...)."""
+    rows = output.movedim(1, -1) if isinstance(head, ChannelsFirstHead) else output
+    if rows.shape[:-1] != target.shape:
+        raise ShapeError(
+            f"expected labels for all positions of the output, {tuple(rows.shape[:-1])}, got {tuple(target.shape)}."
+        )
+    return rows.flatten(0, -2)

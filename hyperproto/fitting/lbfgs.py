@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,35 @@ SampleLoss = Callable[[Tensor, Tensor], Tensor]
 
 #: Features (N, F) and labels (N,) int64, both where the parameters are.
 Batches = list[tuple[Tensor, Tensor]]
+
+
+def class_weights(
+    batches: Batches, num_classes: int, device: torch.device, *, process_group: ProcessGroup | None = None
+) -> Tensor:
+    """(C,) float32 weights of a sample of each class with which classes count alike and all samples add up to 1."""
+    counts = torch.zeros(num_classes, dtype=torch.int64, device=device)
+    for _, labels in batches:
+        counts += labels.bincount(minlength=num_classes)
+    add_up_ranks([counts], device, process_group=process_group)
+    return 1.0 / (counts * counts.count_nonzero())  # infinite where there is no sample to weigh
+
+
+@torch.no_grad()
+def class_mean(
+    loss: SampleLoss,
+    batches: Batches,
+    *,
+    num_classes: int,
+    device: torch.device,
+    process_group: ProcessGroup | None = None,
+) -> float:
+    """What `minimise` minimises; infinity where it is not a number."""
+    weights = class_weights(batches, num_classes, device, process_group=process_group)
+    total = torch.zeros((), dtype=torch.float32, device=device)
+    for features, labels in batches:
+        total += (loss(features, labels) * weights[labels]).sum()
+    add_up_ranks([total], device, process_group=process_group)
+    return float(total) if bool(torch.isfinite(total)) else math.inf
 
 
 def minimise(
@@ -44,11 +74,7 @@ def minimise(
         Liu, Nocedal, On the limited memory BFGS method for large scale optimization, 1989.
     """
     device = parameters[0].device
-    counts = torch.zeros(num_classes, dtype=torch.int64, device=device)
-    for _, labels in batches:
-        counts += labels.bincount(minlength=num_classes)
-    add_up_ranks([counts], device, process_group=process_group)
-    weights = 1.0 / (counts * counts.count_nonzero())  # (C,), infinite where there is no sample to weigh
+    weights = class_weights(batches, num_classes, device, process_group=process_group)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
 

@@ -17,6 +17,9 @@ SMALLEST_SPREAD = 1e-12
 #: classes without any spread, from dividing by zero.
 SMALLEST_VARIANCE = 1e-8
 
+#: Samples for each feature from which on a covariance does without shrinking.
+SAMPLES_A_FEATURE = 10
+
 
 class FeatureStatistics:
     """Counts, sums and second moments of labelled features, batch by batch: O(F^2 + C F) however many there are.
@@ -57,8 +60,18 @@ class FeatureStatistics:
         """All that adding up the statistics of several processes means adding up."""
         return self.counts, self.sums, self.moment
 
-    def scatter(self) -> ClassScatter:
+    def shrinking_hides_most(self) -> bool:
+        """Whether a few directions hold so much that shrinking hides most others, of samples enough to do without."""
+        raw, shrunk = (self.scatter(shrunk=shrunk).within for shrunk in (False, True))
+        is_enough = float(self.counts.sum()) >= SAMPLES_A_FEATURE * len(raw)
+        # Half of all directions have less spread than this.
+        return is_enough and bool(torch.linalg.eigvalsh(shrunk).median() > 2.0 * torch.linalg.eigvalsh(raw).median())
+
+    def scatter(self, *, shrunk: bool = True) -> ClassScatter:
         """The labels seen, where they lie and how they spread.
+
+        Args:
+            shrunk: whether the covariance within classes is, or is taken as the samples have it.
 
         Raises:
             ArgumentError: features that are not finite, or that do not tell any label from another.
@@ -79,7 +92,9 @@ class FeatureStatistics:
                 f"the features have the same mean for all labels seen ({len(labels)}): there is nothing to fit, and "
                 "the head is unchanged. Check that the loader gives several labels and the model tells inputs apart."
             )
-        within = shrunk_covariance(total - between, float(num_samples) - len(labels))
+        within = total - between
+        if shrunk:
+            within = shrunk_covariance(within, float(num_samples) - len(labels))
         within.diagonal().add_(SMALLEST_VARIANCE * float(total.trace()) / len(total))
         centre = means.mean(dim=0)
         balanced = within + _spread(means, centre, torch.full_like(means[:, 0], 1.0 / len(labels)))
