@@ -50,6 +50,7 @@ def make_head(training_output: str = "logits", dim: int = 4) -> HypersphericalHe
 # What is right passes
 
 
+@pytest.mark.filterwarnings("ignore:training_output:hyperproto.HyperprotoWarning")
 @pytest.mark.parametrize("dim", [4, 6])
 @pytest.mark.parametrize("training_output", ["logits", "embedding"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
