@@ -336,6 +336,8 @@ OPERATIONS = {
 }
 
 
+# Any order of operations has steps before any batch.
+@pytest.mark.filterwarnings("ignore:no batch has reached:hyperproto.HyperprotoWarning")
 @pytest.mark.parametrize(
     ("seed", "num_operations"), [(0, 400), pytest.param(1, 12_000, marks=pytest.mark.slow, id="long")]
 )
