@@ -328,22 +328,6 @@ class Codebook(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def check_shared_bank(codebooks: tuple[Codebook, ...]) -> None:
-    """Raise unless all have the same prototypes and the same assignment.
-
-    Raises:
-        BankError: they do not.
-    """
-    first = codebooks[0]
-    for other in codebooks[1:]:
-        same_bank = other.bank is first.bank or torch.equal(other.bank.prototypes, first.bank.prototypes)
-        if not same_bank or not torch.equal(other.assignment, first.assignment):
-            raise BankError(
-                "all heads of one model must share one bank and one assignment; these differ. Pass one of the heads in "
-                "place of the model where each has a task of its own; otherwise build them with the same PrototypeBank."
-            )
-
-
 def _after_load(codebook: Codebook, incompatible_keys: object) -> None:
     # No checkpoint has them: a head that comes from the device "meta" gets their place here.
     for name in ("anchors", "anchor_inverse"):

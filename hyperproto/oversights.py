@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hyperproto.errors import AssignmentError, HeadNotFoundError
-from hyperproto.head import HypersphericalHead, get_heads
+from hyperproto.head import HypersphericalHead
+from hyperproto.heads import get_heads
 from hyperproto.readout import Readout
 from hyperproto.targets import Target, is_seen
 from hyperproto.telling import tell

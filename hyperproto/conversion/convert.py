@@ -31,7 +31,8 @@ from hyperproto.conversion.structures import (
 )
 from hyperproto.conversion.warm_start import warm_start_
 from hyperproto.errors import AlreadyConvertedError, ArgumentError
-from hyperproto.head import HypersphericalHead, get_heads
+from hyperproto.head import HypersphericalHead
+from hyperproto.heads import get_heads
 from hyperproto.projection import Projection
 
 logger = logging.getLogger(__name__)
