@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from hyperproto.arguments import SMALLEST_INT, as_tensor, choice, whole_number
+from hyperproto.arguments import SMALLEST_INT, choice, places, whole_number
 from hyperproto.assignment_step import AssignmentStep, packed_labels
 from hyperproto.errors import ArgumentError, LabelError
 from hyperproto.head import HypersphericalHead
@@ -137,10 +137,8 @@ class DynamicAssigner(RunningMeans):
         Raises:
             LabelError: not labels in [0, C).
         """
-        given = sorted(labels) if isinstance(labels, Set) else labels
-        index = as_tensor(given, "labels, a sequence of ints,", error=LabelError).detach().cpu()
-        index = index.long() if index.numel() == 0 else index
-        check_target(index, index.numel(), self.head.num_classes)
+        index = places(labels, "labels", error=LabelError)
+        check_target(index, len(index), self.head.num_classes)
         for buffer in (self.class_means, self.class_sums, self.pending_counts, self.lost_counts):
             if buffer is not None:
                 buffer.index_fill_(0, index.to(buffer.device), 0.0)

@@ -142,6 +142,8 @@ class Codebook(nn.Module):
             raise ShapeError(
                 f"expected logits of shape (B, {self.num_classes}) or embeddings of shape (B, {self.dim}), got {got}."
             )
+        if not output.is_floating_point():
+            raise ShapeError(f"expected an output in a floating dtype, as the model returns it, got {output.dtype}.")
         returned_embeddings = self.training and self.training_output == "embedding"
         is_embedding = returned_embeddings if self.num_classes == self.dim else output.shape[1] == self.dim
         readout = self._readout(output, is_embedding)
