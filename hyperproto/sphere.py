@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hyperproto.arguments import matrix, not_negative
+from hyperproto.errors import ArgumentError
 from hyperproto.precision import full_precision
 
 #: Smallest normal float32. Below it 1 / length, which is the size of the gradient, leaves float32's range.

@@ -81,8 +81,9 @@ def test_the_fitted_scale_does_not_depend_on_the_one_before(seed, start, noise):
 def fit_on_rank(rank: int) -> list[tuple[dict[str, torch.Tensor], float]]:
     del rank
     features, labels = clouds(5, 8, apart=1.0)
-    refitted, calibrated = make_head(5, 8, 4), make_head(5, 8, 4)
+    refitted = make_head(5, 8, 4)
     fit = refit_head(refitted, batched(features, labels), iterations=5)
+    calibrated = copy.deepcopy(refitted)
     scale = fit_logit_scale(calibrated, batched(features, labels))
     return [(copy.deepcopy(refitted.state_dict()), fit.accuracy), (copy.deepcopy(calibrated.state_dict()), scale)]
 

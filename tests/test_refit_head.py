@@ -368,6 +368,7 @@ def test_a_compressed_head_beats_its_start_and_a_bank_that_knows_nothing(dim):
     assert fit.accuracy == pytest.approx(right, abs=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:training_output=.embedding. saves nothing:hyperproto.HyperprotoWarning")
 @pytest.mark.parametrize("training_output", ["logits", "embedding"])
 def test_the_new_head_takes_the_old_ones_place(training_output):
     model = small_model(bank="simplex", training_output=training_output).train()

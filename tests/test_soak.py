@@ -238,7 +238,7 @@ class Soak:
         twice = torch.tensor([0, 1, 2, 3, 4, 4])
         calls: dict[str, Callable[[], object]] = {
             "label too large": lambda: assigner.update(output, torch.tensor([0, NUM_CLASSES])),
-            "label negative": lambda: self.criterion(output, torch.tensor([-100, 1])),
+            "label negative": lambda: self.criterion(output, torch.tensor([-1, 1])),
             "labels int32": lambda: assigner.update(output, labels.int()),
             "labels too few": lambda: self.criterion(output, labels[:1]),
             "soft targets int": lambda: assigner.update(output, torch.zeros(2, NUM_CLASSES, dtype=torch.int64)),
