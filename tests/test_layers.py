@@ -60,6 +60,8 @@ INNER_LAYERS = {
     ],
     "matching": ["problem", "dense", "candidates", "prices", "sparse", "solve", "swaps", "procrustes"],
     "conversion": [
+        "module_ref",
+        "hooks",
         "locate",
         "channels",
         "record",

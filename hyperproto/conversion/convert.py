@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from torch import nn
 
 from hyperproto.bank import PrototypeBank
@@ -153,7 +154,9 @@ def _build_heads(
         head.bank = bank = next(iter(heads.values()), head).bank
         heads[name] = head
     for name, leaf in leaves.items():
-        heads[name].to(device=leaf.weight.device, dtype=leaf.weight.dtype).train(leaf.training)
+        # Quantised weights are integers, which a head cannot be trained in.
+        dtype = leaf.weight.dtype if leaf.weight.is_floating_point() else torch.get_default_dtype()
+        heads[name].to(device=leaf.weight.device, dtype=dtype).train(leaf.training)
     return heads
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from hyperproto.conversion.hooks import hand_hooks_over
 from hyperproto.errors import HeadNotFoundError
 
 #: What can make logits: a linear layer, over the last dimension or over channels.
@@ -118,7 +119,8 @@ def num_inputs(leaf: Leaf) -> int:
 
 
 def put_in_place(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Let `new` take the place of `old` under every name that the model has for it."""
+    """Let `new` take the place of `old`, hooks included, under every name that the model has for it."""
+    hand_hooks_over(old, new)
     names = [name for name, module in model.named_modules(remove_duplicate=False) if module is old]
     for name in names:
         model.set_submodule(name, new)

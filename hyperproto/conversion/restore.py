@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from hyperproto.conversion.module_ref import ModuleRef
 from hyperproto.conversion.record import RECORD, get_record
 from hyperproto.head import get_heads
 
@@ -45,8 +46,8 @@ def guard_reset(model: Any) -> None:
     Its new layers would take the heads' place unnoticed. What is bound to those heads raises from then on.
     """
     if hasattr(model, "reset_classifier"):
-        model.reset_classifier = partial(_restore_and_reset, model)
+        model.reset_classifier = partial(_restore_and_reset, ModuleRef(model))
 
 
-def _restore_and_reset(model: Any, *args: Any, **kwargs: Any) -> None:
-    restore_model(model).reset_classifier(*args, **kwargs)  # type: ignore[operator]
+def _restore_and_reset(model: ModuleRef, *args: Any, **kwargs: Any) -> None:
+    restore_model(model()).reset_classifier(*args, **kwargs)  # type: ignore[operator]
