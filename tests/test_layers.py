@@ -72,6 +72,7 @@ INNER_LAYERS = {
         "restore",
         "fold",
         "describe",
+        "reach",
         "convert",
     ],
     "fitting": [

@@ -16,10 +16,12 @@ from hyperproto.conversion.locate import (
     Leaf,
     check_unwrapped,
     find_classifiers,
+    known_names,
     num_inputs,
     num_outputs,
     put_in_place,
 )
+from hyperproto.conversion.reach import check_reach
 from hyperproto.conversion.record import RECORD, Conversion, Snapshot, count_parameters, find_reference
 from hyperproto.conversion.restore import guard_reset
 from hyperproto.conversion.structures import (
@@ -79,8 +81,9 @@ def convert_model(
 
     Raises:
         AlreadyConvertedError: the model has a hyperspherical head.
-        HeadNotFoundError: no classifier found, or a model that DistributedDataParallel, fully_shard or torch.compile
-            has wrapped already; says what to do.
+        HeadNotFoundError: no classifier found, or one whose output something changes on its way to the model's (an
+            activation, an adapter, a further layer), or a model that DistributedDataParallel, fully_shard or
+            torch.compile has wrapped already; says what to do.
         BankError, ArgumentError: the heads cannot be built with these arguments.
         ArgumentError, ShapeError: a warm start from no trained classifier, or from one of other classes.
 
@@ -113,7 +116,9 @@ def convert_model(
         if warm_start:
             more += _warm_start(heads, leaves)
         record = Conversion({}, num_parameters, dropped=dict(dropped), notes=notes + more)
+        found = classifier is None or classifier in known_names(model)
         _put_in(model, leaves, heads, record, seed)
+        check_reach(model, list(record.leaves), found=found)
         record.num_parameters_after = count_parameters(model)
         record.changes = before.changes()
         record.requires_grad = before.changed_flags()

@@ -33,6 +33,12 @@ def hand_hooks_over(old: nn.Module, new: nn.Module) -> None:
     new._is_full_backward_hook = old._is_full_backward_hook
 
 
+def drop_hooks(module: nn.Module) -> None:
+    """Take all hooks off a module but those by which torch.nn.utils computes its weight."""
+    for table in TABLES:
+        setattr(module, table, _of_torch(getattr(module, table)))
+
+
 @contextmanager
 def without_hooks(module: nn.Module) -> Iterator[None]:
     """The module by itself: no hook runs but those by which torch.nn.utils computes its weight.
@@ -45,8 +51,7 @@ def without_hooks(module: nn.Module) -> Iterator[None]:
         ...     _ = layer(torch.zeros(1, 2))
     """
     before = {table: getattr(module, table) for table in TABLES}
-    for table, hooks in before.items():
-        setattr(module, table, _of_torch(hooks))
+    drop_hooks(module)
     try:
         yield
     finally:
