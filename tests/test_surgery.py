@@ -14,8 +14,14 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from hyperproto import (
+    AlreadyConvertedError,
     ArgumentError,
+    BalancedLoss,
+    DynamicAssigner,
+    HeadNotFoundError,
+    HypersphericalHead,
     convert_model,
+    describe,
     fit_head,
     fit_logit_scale,
     restore_model,
@@ -213,3 +219,70 @@ def test_folding_keeps_the_mean_confidence(factor):
     before = confidence()
     to_linear(model)
     assert confidence() == pytest.approx(before, abs=0.05)
+
+
+# Several tasks
+
+
+class TwoTasks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.age, self.colour = nn.Linear(5, 16), nn.Linear(16, 8), nn.Linear(16, 6)
+        self.num_classes = 8
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.body(inputs)
+        return self.age(features), self.colour(features)
+
+
+def test_two_tasks_are_converted_one_by_one_and_come_back_together():
+    model = TwoTasks()
+    before, parameters = dict(model.named_modules()), sum(each.numel() for each in model.parameters())
+    convert_model(model, classifier="age", dim=4)
+    convert_model(model, classifier="colour", dim=3, bank="separated")
+    assert [output.shape for output in model(torch.randn(2, 5))] == [(2, 8), (2, 6)]
+    assert model.num_classes == 8
+    text = describe(model)
+    assert all(
+        words in text for words in ("age: was Linear 16 -> 8", "colour: was Linear 16 -> 6", f"{parameters:,} b")
+    )
+    for name in (None, "age", "colour"):
+        with pytest.raises(AlreadyConvertedError, match="second task"):
+            convert_model(model, classifier=name)
+    twin = copy.deepcopy(model)
+    assert dict(restore_model(model).named_modules()) == before
+    assert type(restore_model(twin).colour) is nn.Linear
+
+
+def test_restoring_one_task_retires_no_head_put_in_by_hand():
+    model = TwoTasks()
+    model.colour = HypersphericalHead(16, 6)
+    criterion = BalancedLoss(model.colour)
+    restore_model(convert_model(model, classifier="age", dim=4))
+    criterion(model(torch.randn(2, 5))[1], torch.tensor([0, 1]))
+
+
+# What is done to a model by hand afterwards
+
+
+def test_a_layer_put_in_the_heads_place_by_hand_is_noticed():
+    model = converted()
+    assigner = DynamicAssigner(model)
+    criteria, head = [BalancedLoss(assigner), BalancedLoss(model)], model[2]
+    inputs, labels = clusters(16)
+    model[2] = nn.Linear(16, 8)
+    for criterion in criteria:
+        with pytest.raises(HeadNotFoundError, match="Put the head back"):
+            criterion(model(inputs), labels)
+    model[2] = nn.Sequential(nn.Dropout(), head)
+    for criterion in criteria:
+        criterion(model(inputs), labels)
+    model[2] = nn.Identity()  # a backbone, and the head behind it
+    for criterion in criteria:
+        criterion(head(model(inputs)), labels)
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_of_a_head_are_used_apart_from_its_model(copier):
+    head = copier(converted()[2])
+    BalancedLoss(head)(head(torch.randn(2, 16)), torch.tensor([0, 1]))

@@ -6,6 +6,7 @@ A layer is recognised by what the model says of itself (timm's `get_classifier` 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from hyperproto.conversion.hooks import hand_hooks_over
 from hyperproto.errors import HeadNotFoundError
+from hyperproto.head import HypersphericalHead
 
 #: What can make logits: a linear layer, over the last dimension or over channels.
 Leaf: TypeAlias = nn.Linear | nn.Conv2d
@@ -124,6 +126,8 @@ def put_in_place(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     names = [name for name, module in model.named_modules(remove_duplicate=False) if module is old]
     for name in names:
         model.set_submodule(name, new)
+    if isinstance(new, HypersphericalHead):
+        new._place = (weakref.ref(model), names[0])
 
 
 def is_leaf(module: object) -> bool:
@@ -178,8 +182,8 @@ def _check_no_adapter(model: nn.Module, name: str) -> None:
         outer = model.get_submodule(path)
         if "base_layer" in outer._modules:
             raise HeadNotFoundError(
-                f"expected a plain layer at {path!r}, got an adapter around one ({type(outer).__name__}). Merge or remove "
-                "the adapter, convert the model, and adapt other layers afterwards."
+                f"expected a plain layer at {path!r}, got an adapter around one ({type(outer).__name__}). Merge or "
+                "remove the adapter, convert the model, and adapt other layers afterwards."
             )
 
 

@@ -84,6 +84,16 @@ class Conversion:
     reference: tuple[ModuleRef, str] | None = None
     load_check: RemovableHandle | None = None
 
+    def add_earlier(self, earlier: Conversion) -> None:
+        """Take over what an earlier conversion of the same model, for another task, has changed."""
+        self.leaves = earlier.leaves | self.leaves
+        self.num_parameters = earlier.num_parameters
+        self.changes = self.changes + earlier.changes
+        self.requires_grad = self.requires_grad + earlier.requires_grad
+        self.dropped = earlier.dropped | self.dropped
+        self.notes = earlier.notes + self.notes
+        self.load_check = earlier.load_check
+
     def undo(self) -> None:
         """Bring the model back; layers follow the device, dtype and mode that it has now."""
         for change in self.changes:

@@ -31,9 +31,11 @@ def restore_model(model: nn.Module) -> nn.Module:
         True
     """
     record = get_record(model, "restore_model")
-    for head in get_heads(model).values():
-        head.retired = True
+    heads = list(get_heads(model).values())
     record.undo()
+    stay = list(get_heads(model).values())  # those that were put in by hand
+    for head in heads:
+        head.retired = head not in stay
     if record.load_check is not None:
         record.load_check.remove()
     del model.__dict__[RECORD]
