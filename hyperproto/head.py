@@ -167,7 +167,13 @@ class HypersphericalHead(Codebook):
         layer: Any = model
         for part in name.split("."):
             layer = None if layer is None else layer._modules.get(part)
-        if layer is None or layer is self or not any(True for _ in layer.parameters()) or self in layer.modules():
+        if model is None or layer is self:
+            return
+        moved = next((place for place, module in model.named_modules() if module is self), None)
+        if moved is not None:
+            self._place = (self._place[0], moved)
+            return
+        if layer is None or next(layer.parameters(), None) is None:  # a backbone, with the head behind it
             return
         raise HeadNotFoundError(
             f"expected this HypersphericalHead at {name!r} of {type(model).__name__}, where a {type(layer).__name__} "

@@ -277,7 +277,10 @@ def test_a_layer_put_in_the_heads_place_by_hand_is_noticed():
     model[2] = nn.Sequential(nn.Dropout(), head)
     for criterion in criteria:
         criterion(model(inputs), labels)
-    model[2] = nn.Identity()  # a backbone, and the head behind it
+    model.insert(0, nn.Identity())
+    for criterion in criteria:
+        criterion(model(inputs), labels)
+    model[3] = nn.Identity()  # a backbone, and the head behind it
     for criterion in criteria:
         criterion(head(model(inputs)), labels)
 
