@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hyperproto.errors import ArgumentError
 from hyperproto.modes import eval_mode
-from hyperproto.projection import fresh_length, has_layers
+from hyperproto.projection import RowBatchNorm, SeededLinear, fresh_length, has_layers
 
 #: Rows of the identity that an unknown projection is asked for at a time.
 PROBED_AT_ONCE = 1024
@@ -41,7 +42,7 @@ def known_layers(projection: nn.Module) -> Layers | None:
     """The layers of a projection such as `build_projection` makes, SyncBatchNorm for batch norm; None of any other.
 
     A weight that something else computes (a parametrisation, pruning, an adapter, a quantised or sharded tensor) is
-    not known, nor is batch norm without running statistics or without a weight.
+    not known, nor is a subclass with a `forward` of its own, or batch norm without running statistics or a weight.
 
     Examples:
         >>> known_layers(nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))) is not None
@@ -53,11 +54,13 @@ def known_layers(projection: nn.Module) -> Layers | None:
         return Layers(None, None)
     parts = list(projection) if isinstance(projection, nn.Sequential) else [projection]
     linear, batch_norm = (*parts, None)[:2]
-    if len(parts) > 2 or not isinstance(linear, nn.Linear) or not _holds(linear, "weight"):
+    if len(parts) > 2 or not _is_linear(linear):
         return None
     if batch_norm is None:
         return Layers(linear, None)
     if not isinstance(batch_norm, _BatchNorm) or batch_norm.running_mean is None or not _holds(batch_norm, "weight"):
+        return None
+    if type(batch_norm).forward not in (_BatchNorm.forward, SyncBatchNorm.forward, RowBatchNorm.forward):
         return None
     return Layers(linear, batch_norm)
 
@@ -201,6 +204,28 @@ def set_affine_(
     projection.load_state_dict(state)
 
 
+def typical_length(projection: nn.Module) -> float | None:
+    r"""Root mean square of the length of what a projection returns, as the batch norm at its end knows it.
+
+    $$ \sqrt{\textstyle\sum_i g_i^2 \, v_i / (v_i + \epsilon) + b_i^2} $$
+
+    with gains g, biases b and running variances v: over features distributed as those that it has averaged over.
+
+    Returns:
+        None without a batch norm at the end, or without running statistics.
+
+    Examples:
+        >>> typical_length(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, eps=0.0)))
+        2.0
+    """
+    last = projection[-1] if isinstance(projection, nn.Sequential) and len(projection) else projection
+    if not isinstance(last, _BatchNorm) or last.running_var is None or last.weight is None or last.bias is None:
+        return None
+    variance = last.running_var.detach().cpu().double()
+    squares = last.weight.detach().cpu().double().square() * variance / (variance + last.eps)
+    return math.sqrt(float((squares + last.bias.detach().cpu().double().square()).sum()))
+
+
 def _probed(projection: nn.Module, in_features: int) -> tuple[Tensor, Tensor]:
     like = _tensor_of(projection)
     rows = torch.eye(in_features, dtype=like.dtype, device=like.device)
@@ -243,6 +268,12 @@ def _check_writable(projection: nn.Module, state: dict[str, Tensor]) -> None:
                 f"the projection's {name} cannot hold the fit in {own.dtype}; the head is unchanged. The features are "
                 "too large or too small for it: scale them, or normalise in front of the head."
             )
+
+
+def _is_linear(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
+    """Whether a layer computes W x + b with a W that it holds itself."""
+    known = (nn.Linear.forward, SeededLinear.forward)
+    return isinstance(layer, nn.Linear) and type(layer).forward in known and _holds(layer, "weight")
 
 
 def _holds(layer: nn.Module, name: str) -> bool:

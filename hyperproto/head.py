@@ -1,5 +1,6 @@
 """The classifier that does not train: a projection onto the sphere, and cosines with fixed prototypes."""
 
+import weakref
 from typing import Any, get_args
 
 import torch
@@ -121,6 +122,8 @@ class HypersphericalHead(Codebook):
                 f"got {bank.num_prototypes} in dimension {bank.dim}."
             )
         super().__init__(bank, num_classes, logit_scale=logit_scale, training_output=training_output)
+        # The model and the name under which a function of this library put the head in.
+        self._place: tuple[weakref.ref[nn.Module], str] | None = None
         self.in_features = in_features
         self.out_features = num_classes
         self.projection = build_projection(projection, in_features, dim, seed=seed_of_projection(seed))
@@ -160,6 +163,33 @@ class HypersphericalHead(Codebook):
             training_output=self.training_output,
         )
 
+    def check_in_use(self) -> None:
+        """Raise if the head was taken out of its model, by this library or by a layer that a user put in its place.
+
+        Raises:
+            HeadNotFoundError: it was.
+        """
+        super().check_in_use()
+        if self._place is None or torch.compiler.is_compiling():
+            return
+        model, name = self._place[0](), self._place[1]
+        layer: Any = model
+        for part in name.split("."):
+            layer = None if layer is None else layer._modules.get(part)
+        if model is None or layer is self:
+            return
+        moved = next((place for place, module in model.named_modules() if module is self), None)
+        if moved is not None:
+            self._place = (self._place[0], moved)
+            return
+        if layer is None or next(layer.parameters(), None) is None:  # a backbone, with the head behind it
+            return
+        raise HeadNotFoundError(
+            f"expected this HypersphericalHead at {name!r} of {type(model).__name__}, where a {type(layer).__name__} "
+            "is now: its outputs are no cosines with this head's prototypes. Put the head back, or convert the model "
+            "again (hyperproto.convert_model) and make a new assigner, criterion and optimizer."
+        )
+
     def extra_repr(self) -> str:
         """What `repr` shows."""
         return (
@@ -174,6 +204,10 @@ class HypersphericalHead(Codebook):
                 "restore the model and convert it anew: hyperproto.convert_model(hyperproto.restore_model(model), ...)."
             )
         super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is not the module at that place, and a weak reference cannot be pickled.
+        return {**self.__dict__, "_place": None}
 
     def __getattr__(self, name: str) -> Any:
         if name in ("weight", "bias"):

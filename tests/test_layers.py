@@ -66,6 +66,8 @@ INNER_LAYERS = {
     ],
     "matching": ["problem", "dense", "candidates", "prices", "sparse", "solve", "swaps", "procrustes"],
     "conversion": [
+        "module_ref",
+        "hooks",
         "locate",
         "channels",
         "record",
@@ -76,6 +78,7 @@ INNER_LAYERS = {
         "restore",
         "fold",
         "describe",
+        "reach",
         "convert",
     ],
     "fitting": [

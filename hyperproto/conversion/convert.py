@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from torch import nn
 
 from hyperproto.arguments import seed_number, whole_number
@@ -16,10 +17,12 @@ from hyperproto.conversion.locate import (
     Leaf,
     check_unwrapped,
     find_classifiers,
+    known_names,
     num_inputs,
     num_outputs,
     put_in_place,
 )
+from hyperproto.conversion.reach import check_reach
 from hyperproto.conversion.record import RECORD, Conversion, Snapshot, count_parameters, find_reference
 from hyperproto.conversion.restore import guard_reset
 from hyperproto.conversion.structures import (
@@ -71,7 +74,9 @@ def convert_model(
             several classifiers differ).
         num_classes: number of labels; by default the old classifier's. Needed for models made with num_classes=0.
         bank: a method of `PrototypeBank`, or a bank.
-        classifier: dotted name of the layer to replace, where the model does not say so itself.
+        classifier: dotted name of the layer to replace, where the model does not say so itself. A model of several
+            tasks is converted once for each of them, with a bank and an assignment of its own; `restore_model` undoes
+            all.
         projection: see `HypersphericalHead`.
         training_output: see `HypersphericalHead`.
         warm_start: start from a trained classifier: choose projections and assignment so that the converted model
@@ -79,9 +84,10 @@ def convert_model(
         seed: of the bank and of the projections' start.
 
     Raises:
-        AlreadyConvertedError: the model has a hyperspherical head.
-        HeadNotFoundError: no classifier found, or a model that DistributedDataParallel, fully_shard or torch.compile
-            has wrapped already; says what to do.
+        AlreadyConvertedError: the model has a hyperspherical head, and `classifier` names no layer of another task.
+        HeadNotFoundError: no classifier found, or one whose output something changes on its way to the model's (an
+            activation, an adapter, a further layer), or a model that DistributedDataParallel, fully_shard or
+            torch.compile has wrapped already; says what to do.
         BankError, ArgumentError: the heads cannot be built with these arguments.
         ArgumentError, ShapeError: a warm start from no trained classifier, or from one of other classes.
 
@@ -93,11 +99,8 @@ def convert_model(
         >>> model(torch.randn(3, 4, 4)).shape
         torch.Size([3, 4])
     """
-    if get_heads(model):
-        raise AlreadyConvertedError(
-            f"{type(model).__name__} already has a hyperspherical head at {', '.join(map(repr, get_heads(model)))}. "
-            "Call hyperproto.restore_model(model) first to convert it differently."
-        )
+    others = get_heads(model)
+    _check_no_head_at(model, others, classifier)
     check_unwrapped(model)
     dim = None if dim is None else whole_number(dim, "dim")
     num_classes = None if num_classes is None else whole_number(num_classes, "num_classes", smallest=2)
@@ -117,15 +120,38 @@ def convert_model(
         if warm_start:
             more += _warm_start(heads, leaves)
         record = Conversion({}, num_parameters, dropped=dict(dropped), notes=notes + more)
+        found = classifier is None or classifier in known_names(model)
         _put_in(model, leaves, heads, record, seed)
+        if not others:
+            set_num_classes(model, list(record.leaves), next(iter(heads.values())).num_classes)
+        check_reach(model, list(record.leaves), found=found)
         record.num_parameters_after = count_parameters(model)
         record.changes = before.changes()
         record.requires_grad = before.changed_flags()
-        record.load_check = check_before_loading(model)
+        earlier = model.__dict__.get(RECORD)
+        if earlier is None:
+            record.load_check = check_before_loading(model)
+        else:
+            record.add_earlier(earlier)
         model.__dict__[RECORD] = record
     if logger.isEnabledFor(logging.INFO):
         logger.info("%s", describe(model))
     return model
+
+
+def _check_no_head_at(model: nn.Module, heads: dict[str, HypersphericalHead], classifier: str | None) -> None:
+    """Raise if the model is converted already, unless a layer of another task is named."""
+    if not heads or (classifier is not None and not any(_overlap(name, classifier) for name in heads)):
+        return
+    raise AlreadyConvertedError(
+        f"{type(model).__name__} already has a hyperspherical head at {', '.join(map(repr, heads))}. "
+        "Call hyperproto.restore_model(model) first to convert it differently; for a second task name its layer: "
+        'convert_model(model, classifier="dotted.name").'
+    )
+
+
+def _overlap(name: str, other: str) -> bool:
+    return f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}.")
 
 
 def _build_heads(
@@ -158,7 +184,9 @@ def _build_heads(
         head.bank = bank = next(iter(heads.values()), head).bank
         heads[name] = head
     for name, leaf in leaves.items():
-        heads[name].to(device=leaf.weight.device, dtype=leaf.weight.dtype).train(leaf.training)
+        # Quantised weights are integers, which a head cannot be trained in.
+        dtype = leaf.weight.dtype if leaf.weight.is_floating_point() else torch.get_default_dtype()
+        heads[name].to(device=leaf.weight.device, dtype=dtype).train(leaf.training)
     return heads
 
 
@@ -183,7 +211,6 @@ def _put_in(
         record.leaves[target] = leaves[name]
         put_in_place(model, model.get_submodule(target), head)
     num_classes = next(iter(heads.values())).num_classes
-    set_num_classes(model, list(record.leaves), num_classes)
     record.notes += resize_auxiliary(model, num_classes, seed)
     record.reference = find_reference(model, record.leaves)
     guard_reset(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hyperproto.affine import affine
+from hyperproto.affine import affine, typical_length
 from hyperproto.conversion.channels import ChannelsFirstHead
 from hyperproto.conversion.locate import Leaf, put_in_place
 from hyperproto.conversion.record import RECORD, get_record
@@ -17,11 +17,14 @@ from hyperproto.heads import get_heads
 def to_linear(model: nn.Module) -> nn.Module:
     r"""Replace the head by a plain layer with the same ranking of classes for every input; in place.
 
-    $$ \text{logits}_k = s \, \langle A x + b, w_{\sigma(k)} \rangle $$
+    $$ \text{logits}_k = \tfrac{s}{\ell} \, \langle A x + b, w_{\sigma(k)} \rangle $$
 
-    with A and b of the projection and its batch norm in eval mode. This is the head without the division by the
-    length of A x + b, which is one positive number for each input: predictions, top-k and rankings stay, probabilities
-    do not. The layer is an nn.Linear, or an nn.Conv2d of size 1 where the original one was.
+    with A and b of the projection and its batch norm in eval mode. This is the head with one length l for all inputs in
+    the place of the length of each A x + b: predictions, top-k and rankings are exactly the head's. Probabilities are
+    about the head's, on average: l is the typical length of A x + b over the training data, which batch norm's
+    statistics tell. Inputs with longer features come out surer than the head is, those with shorter ones less sure.
+    Without batch norm at the projection's end nothing tells l, which is then 1: fit a temperature to the plain layer's
+    logits if its probabilities matter. The layer is an nn.Linear, or an nn.Conv2d of size 1 where the original one was.
 
     The model's `state_dict` then loads into an unconverted model of the same architecture and number of classes
     (SqueezeNet aside, whose rebuilt classifier stays). VOLO's token classifier comes back with zeros for weights, which
@@ -76,7 +79,8 @@ def to_linear(model: nn.Module) -> nn.Module:
 def _fold(head: HypersphericalHead, witness: Tensor | None) -> Leaf:
     """The head as a layer with the witness's device and dtype."""
     matrix, shift = affine(head.projection, head.in_features)
-    prototypes = float(head.logit_scale) * head.class_prototypes.cpu().double()  # (C, D)
+    length = typical_length(head.projection) or 1.0
+    prototypes = float(head.logit_scale) / length * head.class_prototypes.cpu().double()  # (C, D)
     weight, bias = (prototypes @ part for part in (matrix, shift))  # (C, in_features), (C,)
     layer = _layer(weight, bias, channels_first=isinstance(head, ChannelsFirstHead))
     if witness is None:

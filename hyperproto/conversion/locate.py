@@ -6,12 +6,15 @@ A layer is recognised by what the model says of itself (timm's `get_classifier` 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 from torch import nn
 
+from hyperproto.conversion.hooks import hand_hooks_over
 from hyperproto.errors import HeadNotFoundError
+from hyperproto.head import HypersphericalHead
 
 #: What can make logits: a linear layer, over the last dimension or over channels.
 Leaf: TypeAlias = nn.Linear | nn.Conv2d
@@ -118,10 +121,13 @@ def num_inputs(leaf: Leaf) -> int:
 
 
 def put_in_place(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Let `new` take the place of `old` under every name that the model has for it."""
+    """Let `new` take the place of `old`, hooks included, under every name that the model has for it."""
+    hand_hooks_over(old, new)
     names = [name for name, module in model.named_modules(remove_duplicate=False) if module is old]
     for name in names:
         model.set_submodule(name, new)
+    if isinstance(new, HypersphericalHead):
+        new._place = (weakref.ref(model), names[0])
 
 
 def is_leaf(module: object) -> bool:
@@ -138,12 +144,20 @@ def _timm_names(model: Any) -> list[str]:
     configured = [configured] if isinstance(configured, str) else configured
     names = [name for name in configured if is_leaf(modules.get(name))]
     by_identity = {id(module): name for name, module in modules.items()}
-    for module in _flatten(model.get_classifier()):
+    try:
+        classifier = model.get_classifier()
+    except AttributeError:  # a module of the user's is where the model's own had attributes
+        return names
+    for module in _flatten(classifier):
         own = by_identity.get(id(module), "")
         if any(name == own or name.startswith(own + ".") for name in names):
             continue
         if is_leaf(module):
             names.append(own)
+            continue
+        if type(module) is nn.Sequential:  # put in by hand: the last layer, however many classes the model claims
+            own_leaves = [inner for inner, leaf in module.named_modules() if is_leaf(leaf)]
+            names += [f"{own}.{inner}" for inner in own_leaves[-1:]]
             continue
         # Wrappers hold other layers too (an MLP's first, batch norm): only the number of classes tells.
         for inner, leaf in module.named_modules():
@@ -160,6 +174,19 @@ def _flatten(classifier: Any) -> Iterator[nn.Module]:
         yield classifier
 
 
+def _check_no_adapter(model: nn.Module, name: str) -> None:
+    """Raise if an adapter (LoRA and its like, which keep a `base_layer`) is around the module of that name."""
+    parts = name.split(".")
+    for depth in range(1, len(parts) + 1):
+        path = ".".join(parts[:depth])
+        outer = model.get_submodule(path)
+        if "base_layer" in outer._modules:
+            raise HeadNotFoundError(
+                f"expected a plain layer at {path!r}, got an adapter around one ({type(outer).__name__}). Merge or "
+                "remove the adapter, convert the model, and adapt other layers afterwards."
+            )
+
+
 def _leaf_at(model: nn.Module, name: str) -> Leaf:
     """The leaf of that name.
 
@@ -171,6 +198,7 @@ def _leaf_at(model: nn.Module, name: str) -> Leaf:
     if module is None:
         raise HeadNotFoundError(f"{label} has no module named {name!r}. model.named_modules() lists the names.")
     check_unwrapped(model, name)
+    _check_no_adapter(model, name)
     if isinstance(module, Leaf) and is_leaf(module):
         return module
     inside = [f"{name}.{inner}".strip(".") for inner, leaf in module.named_modules() if is_leaf(leaf)]

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hyperproto.arguments import module as check_module
 from hyperproto.conversion.locate import Leaf
+from hyperproto.conversion.module_ref import ModuleRef
 from hyperproto.errors import HeadNotFoundError
 from hyperproto.head import HypersphericalHead
 
@@ -36,7 +37,7 @@ class Change:
         before: what it was.
     """
 
-    module: nn.Module
+    module: ModuleRef
     table: str
     key: str
     existed: bool
@@ -44,7 +45,8 @@ class Change:
 
     def entries(self) -> dict[str, Any]:
         """The dictionary that the entry belongs to."""
-        return self.module.__dict__[self.table] if self.table else self.module.__dict__
+        attributes = self.module().__dict__
+        return attributes[self.table] if self.table else attributes
 
     def undo(self) -> None:
         """Put the entry back."""
@@ -58,7 +60,8 @@ class Change:
 class Conversion:
     """What `restore_model`, `to_linear` and `describe` have to know of a converted model.
 
-    Holds modules, not their names, so that a deep copy or a pickle of the model carries its own.
+    Holds modules, not their names, so that a deep copy or a pickle of the model carries its own; weakly those that are
+    part of the model, which it must not keep in memory.
 
     Attributes:
         leaves: the layers that heads stand for now, by the heads' dotted names.
@@ -76,26 +79,36 @@ class Conversion:
     num_parameters: int
     num_parameters_after: int = 0
     changes: list[Change] = field(default_factory=list)
-    requires_grad: list[tuple[nn.Module, str, bool]] = field(default_factory=list)
+    requires_grad: list[tuple[ModuleRef, str, bool]] = field(default_factory=list)
     dropped: dict[str, Leaf] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    reference: tuple[nn.Module, str] | None = None
+    reference: tuple[ModuleRef, str] | None = None
     load_check: RemovableHandle | None = None
+
+    def add_earlier(self, earlier: Conversion) -> None:
+        """Take over what an earlier conversion of the same model, for another task, has changed."""
+        self.leaves = earlier.leaves | self.leaves
+        self.num_parameters = earlier.num_parameters
+        self.changes = self.changes + earlier.changes
+        self.requires_grad = self.requires_grad + earlier.requires_grad
+        self.dropped = earlier.dropped | self.dropped
+        self.notes = earlier.notes + self.notes
+        self.load_check = earlier.load_check
 
     def undo(self) -> None:
         """Bring the model back; layers follow the device, dtype and mode that it has now."""
         for change in self.changes:
             if change.table == "_modules" and change.before is not None:
-                self._bring_up_to_date(change.before, change.entries().get(change.key), change.module)
+                self._bring_up_to_date(change.before, change.entries().get(change.key), change.module())
             change.undo()
         for module, name, flag in self.requires_grad:
-            module.get_parameter(name).requires_grad_(flag)
+            module().get_parameter(name).requires_grad_(flag)
 
     def witness(self, replacement: nn.Module | None) -> Tensor | None:
         """A tensor whose device and dtype tell where a layer belongs that comes in the place of another."""
         for parameter in () if replacement is None else replacement.parameters():
             return parameter
-        return None if self.reference is None else self.reference[0].get_parameter(self.reference[1])
+        return None if self.reference is None else self.reference[0]().get_parameter(self.reference[1])
 
     def _bring_up_to_date(self, layer: nn.Module, replacement: nn.Module | None, parent: nn.Module) -> None:
         witness = self.witness(replacement)
@@ -103,6 +116,8 @@ class Conversion:
             layer.to(device=witness.device, dtype=witness.dtype)
         elif isinstance(replacement, HypersphericalHead):  # without a projection: its buffers keep float32
             layer.to(device=replacement.logit_scale.device)
+        if replacement is not None:  # the tables of hooks are the same objects already
+            layer._is_full_backward_hook = replacement._is_full_backward_hook
         layer.train(parent.training if replacement is None else replacement.training)
 
 
@@ -125,13 +140,15 @@ class Snapshot:
             for table, key in {**before, **after}:
                 existed = (table, key) in before
                 if not existed or (table, key) not in after or before[table, key] is not after[table, key]:
-                    found.append(Change(module, table, key, existed, before.get((table, key))))
+                    found.append(Change(ModuleRef(module), table, key, existed, before.get((table, key))))
         return found
 
-    def changed_flags(self) -> list[tuple[nn.Module, str, bool]]:
+    def changed_flags(self) -> list[tuple[ModuleRef, str, bool]]:
         """Parameters whose `requires_grad` is another, and what it was."""
         return [
-            (module, name, flag) for module, name, parameter, flag in self._flags if parameter.requires_grad != flag
+            (ModuleRef(module), name, flag)
+            for module, name, parameter, flag in self._flags
+            if parameter.requires_grad != flag
         ]
 
     @contextmanager
@@ -144,7 +161,7 @@ class Snapshot:
             for change in self.changes():
                 change.undo()
             for module, name, flag in flags:
-                module.get_parameter(name).requires_grad_(flag)
+                module().get_parameter(name).requires_grad_(flag)
             raise
 
 
@@ -171,14 +188,14 @@ def get_record(model: nn.Module, verb: str) -> Conversion:
     )
 
 
-def find_reference(model: nn.Module, leaves: dict[str, Leaf]) -> tuple[nn.Module, str] | None:
+def find_reference(model: nn.Module, leaves: dict[str, Leaf]) -> tuple[ModuleRef, str] | None:
     """A parameter outside the leaves that has their dtype, if there is one."""
     own = {id(parameter) for leaf in leaves.values() for parameter in leaf.parameters()}
     dtypes = {parameter.dtype for leaf in leaves.values() for parameter in leaf.parameters()}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in own and parameter.dtype in dtypes and torch.is_floating_point(parameter):
-                return module, name
+                return ModuleRef(module), name
     return None
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from hyperproto.conversion.module_ref import ModuleRef
 from hyperproto.conversion.record import RECORD, get_record
 from hyperproto.heads import get_heads
 
@@ -30,9 +31,11 @@ def restore_model(model: nn.Module) -> nn.Module:
         True
     """
     record = get_record(model, "restore_model")
-    for head in get_heads(model).values():
-        head.retired = True
+    heads = list(get_heads(model).values())
     record.undo()
+    stay = list(get_heads(model).values())  # those that were put in by hand
+    for head in heads:
+        head.retired = head not in stay
     if record.load_check is not None:
         record.load_check.remove()
     del model.__dict__[RECORD]
@@ -45,8 +48,8 @@ def guard_reset(model: Any) -> None:
     Its new layers would take the heads' place unnoticed. What is bound to those heads raises from then on.
     """
     if hasattr(model, "reset_classifier"):
-        model.reset_classifier = partial(_restore_and_reset, model)
+        model.reset_classifier = partial(_restore_and_reset, ModuleRef(model))
 
 
-def _restore_and_reset(model: Any, *args: Any, **kwargs: Any) -> None:
-    restore_model(model).reset_classifier(*args, **kwargs)  # type: ignore[operator]
+def _restore_and_reset(model: ModuleRef, *args: Any, **kwargs: Any) -> None:
+    restore_model(model()).reset_classifier(*args, **kwargs)  # type: ignore[operator]

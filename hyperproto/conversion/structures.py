@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hyperproto.conversion.locate import Leaf, num_outputs
+from hyperproto.conversion.module_ref import ModuleRef
 from hyperproto.errors import HeadNotFoundError
 
 #: Classifiers beside the main one, with a loss of their own, by model class; only the number of classes matters.
@@ -104,7 +105,7 @@ def keep_unfused(model: nn.Module, name: str) -> list[str]:
         path = ".".join(parts[:depth])
         wrapper: Any = model.get_submodule(path)
         if callable(getattr(wrapper, "fuse", None)):
-            wrapper.fuse = partial(_itself, wrapper)
+            wrapper.fuse = partial(_itself, ModuleRef(wrapper))
             kept.append(path)
     return [f"{path} keeps its batch norm in fuse() and reparameterize_model()" for path in kept]
 
@@ -145,5 +146,5 @@ def resize_auxiliary(model: nn.Module, num_classes: int, seed: int) -> list[str]
     return done
 
 
-def _itself(module: nn.Module) -> nn.Module:
-    return module
+def _itself(module: ModuleRef) -> nn.Module:
+    return module()

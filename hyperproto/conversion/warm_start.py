@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hyperproto.affine import affine_state, layers_of
+from hyperproto.affine import affine, affine_state, layers_of
+from hyperproto.conversion.hooks import without_hooks
 from hyperproto.errors import ArgumentError, ShapeError
 from hyperproto.head import HypersphericalHead
 from hyperproto.matching.problem import check_assignment
@@ -58,7 +59,8 @@ def warm_start_(
 
     Args:
         head: made for the classifier's width and number of classes.
-        classifier: nn.Linear, or nn.Conv2d of size 1.
+        classifier: nn.Linear, or nn.Conv2d of size 1, or a subclass. What it computes counts, not what it stores: one
+            whose weights something else makes (weight norm, pruning, a low-rank update) is asked for its outputs.
         assignment: (C,) int64, to be taken instead of one chosen here: for the second and later heads of a model,
             which must share that of the first.
 
@@ -102,6 +104,33 @@ def warm_start_(
     return WarmStart(fit.reproduced)
 
 
+class _Rows(nn.Module):
+    """A convolution of size 1 as a layer over rows (N, in_features)."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.layer(rows[:, :, None, None])[:, :, 0, 0]
+
+
+def _computed(classifier: nn.Linear | nn.Conv2d, in_features: int) -> tuple[Tensor, Tensor]:
+    """The weight (C, in_features) and bias (C,) that a layer computes with, whatever it stores; float64, on the CPU."""
+    stored = classifier._parameters.get("weight")
+    if type(classifier).forward is nn.Conv2d.forward and type(stored) is nn.Parameter:
+        weight = stored.flatten(1).cpu().double()
+        return weight, weight.new_zeros(len(weight)) if classifier.bias is None else classifier.bias.cpu().double()
+    try:
+        with without_hooks(classifier):
+            return affine(_Rows(classifier) if isinstance(classifier, nn.Conv2d) else classifier, in_features)
+    except ArgumentError as error:
+        raise ArgumentError(
+            f"a warm start needs a classifier that computes W x + b, got {type(classifier).__name__}, which does not. "
+            "Convert without warm_start, and start from data: fit_head(model, loader)."
+        ) from error
+
+
 class _Fit(NamedTuple):
     """Projection (D, in_features) and bias (D,) behind which prototypes come nearest to the classifier; how near."""
 
@@ -141,8 +170,7 @@ def _centred(head: HypersphericalHead, classifier: nn.Linear | nn.Conv2d) -> tup
         raise ArgumentError(
             "a warm start needs a trained classifier, got one without values (device meta). Load the weights first."
         )
-    weight = classifier.weight.detach().flatten(1).cpu().double()
-    bias = weight.new_zeros(len(weight)) if classifier.bias is None else classifier.bias.detach().cpu().double()
+    weight, bias = _computed(classifier, head.in_features)
     if not bool(torch.isfinite(weight).all() and torch.isfinite(bias).all()):
         raise ArgumentError("a warm start needs finite weights and biases; the classifier's are not.")
     centred = weight - weight.mean(dim=0)
