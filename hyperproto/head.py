@@ -4,12 +4,12 @@ import weakref
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyperproto.arguments import choice, seed_number, shown, whole_number
 from hyperproto.bank import PrototypeBank
 from hyperproto.codebook import Codebook, TrainingOutput
-from hyperproto.errors import ArgumentError, BankError, NotLinearError
+from hyperproto.errors import ArgumentError, BankError, HeadNotFoundError, NotLinearError
 from hyperproto.projection import (
     Projection,
     build_projection,
