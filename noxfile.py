@@ -25,7 +25,7 @@ THOROUGH = "3.13"
 #: The files of the library, and those that the sdist has besides: patterns, and names that must be there.
 LIBRARY = ("hyperproto/**/*.py", "hyperproto/py.typed")
 SDIST = (
-    *("tests/**/*.py", "tests/data/checkpoint_0.1.0.pt"),
+    *("tests/**/*.py", "tests/data/checkpoint_0.1.0.pt", "tests/mutation/*.toml"),
     *("examples/*.py", "experiments/*.py", "experiments/results/*.jsonl"),
     *("docs/**/*.md", "docs/images/*.png", "docs/mathjax/*", "docs/*.css", "mkdocs.yml"),
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "noxfile.py", "pyproject.toml", ".gitignore"),
