@@ -111,7 +111,7 @@ class Oversights:
             pending: (C,) samples of each label since the last step.
             noticed: (NUM_NOTICED,) int64, what `count_batch_` has counted since.
         """
-        counts, pending = counts.double().cpu(), pending.double().cpu()
+        counts, pending = counts.cpu().double(), pending.cpu().double()  # not every device has float64
         if not pending.any() and (self.left_out or not counts.any()):
             self._tell_once("nothing fed", _nothing_fed(self.left_out))
         num_seen = int(is_seen(counts).sum())
