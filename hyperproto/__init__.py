@@ -28,7 +28,8 @@ from hyperproto.fitting.fit_head import fit_head
 from hyperproto.fitting.fit_logit_scale import fit_logit_scale
 from hyperproto.fitting.refit_head import refit_head
 from hyperproto.fitting.report import HeadFit
-from hyperproto.head import HypersphericalHead, get_heads
+from hyperproto.head import HypersphericalHead
+from hyperproto.heads import get_heads
 from hyperproto.losses import BalancedLoss, LongTailLoss, PrototypeCrossEntropyLoss
 from hyperproto.matching.solve import AssignmentSolution
 from hyperproto.separation import BankReport

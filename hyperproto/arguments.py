@@ -4,7 +4,7 @@ A number may be an int, a float, a number of NumPy or a tensor of one value; a m
 list. What cannot be meant is refused in one kind of message: what was expected, what came, and what to do.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import TypeVar
 
 import numpy as np
@@ -82,6 +82,18 @@ def share(value: object, name: str, *, below_one: bool = False) -> float:
     return float(number)
 
 
+def not_negative(value: object, name: str) -> float:
+    """A plain float of zero or more, and finite.
+
+    Raises:
+        ArgumentError: anything else.
+    """
+    number = _plain(value)
+    if number is None or not 0.0 <= number < float("inf"):
+        raise ArgumentError(f"{name} must be a number that is finite and >= 0, got {shown(value)}.")
+    return float(number)
+
+
 def seed_number(value: object) -> int:
     """A seed: a plain int in [0, 2**63 - 1].
 
@@ -141,6 +153,27 @@ def as_tensor(value: object, name: str, *, error: type[HyperprotoError] = ShapeE
         f"expected {name} to be a tensor, or an array or list of numbers, got {shown(value)}. torch.as_tensor makes "
         "one of most things."
     )
+
+
+def places(value: object, name: str, *, error: type[HyperprotoError] = ArgumentError) -> Tensor:
+    """(N,) int64 on the CPU from a sequence or set of whole numbers, such as labels; their range is not checked.
+
+    Raises:
+        HyperprotoError: of the class `error`.
+
+    Examples:
+        >>> places({2, 1}, "labels"), places([], "labels")
+        (tensor([1, 2]), tensor([], dtype=torch.int64))
+    """
+    numbers = as_tensor(sorted(value) if isinstance(value, Set) else value, name, error=error).detach()
+    if numbers.dim() == 1 and numbers.numel() == 0:
+        return numbers.new_zeros(0, dtype=torch.int64, device="cpu")
+    if numbers.dim() != 1 or numbers.dtype != torch.int64 or numbers.is_meta:
+        raise error(
+            f"expected {name} to be a sequence of int, of shape (N,) and dtype torch.int64, got {tuple(numbers.shape)} "
+            f"and {numbers.dtype} on {numbers.device}."
+        )
+    return numbers.cpu()
 
 
 def matrix(value: object, what: str, *, smallest: tuple[int, int] = (1, 1)) -> Tensor:

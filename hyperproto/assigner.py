@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence
 from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from hyperproto.arguments import SMALLEST_INT, as_tensor, choice, share, whole_number
+from hyperproto.arguments import SMALLEST_INT, choice, places, whole_number
 from hyperproto.assignment_step import AssignmentStep, packed_labels
-from hyperproto.checkpoint import check_format, format_version, stamp_format_
-from hyperproto.class_means import check_finite, update_by_labels_, update_by_weights_
-from hyperproto.codebook import check_shared_bank
-from hyperproto.errors import ArgumentError, CheckpointError, LabelError, ShapeError
-from hyperproto.head import HypersphericalHead, require_heads
+from hyperproto.errors import ArgumentError, LabelError
+from hyperproto.head import HypersphericalHead
+from hyperproto.heads import require_heads
 from hyperproto.matching.problem import total_similarity
 from hyperproto.matching.solve import AssignmentMethod, solve_assignment
-from hyperproto.oversights import NUM_NOTICED, Oversights, check_not_overwritten, count_batch_
-from hyperproto.precision import full_precision, keeping_dtype
-from hyperproto.ranks import ProcessGroup, add_up_ranks, bit_of_this_rank, check_member, has_ranks
+from hyperproto.oversights import NUM_NOTICED, Oversights, count_batch_
+from hyperproto.ranks import ProcessGroup
 from hyperproto.readout import Readout
+from hyperproto.running_means import RunningMeans
 from hyperproto.separation import is_simplex
-from hyperproto.sphere import normalise
-from hyperproto.targets import IGNORE_INDEX, Target, check_target, evidence, has_memory, is_seen, read_target
+from hyperproto.targets import IGNORE_INDEX, Target, check_target, has_memory, read_target
 
 
-class DynamicAssigner(nn.Module):
+class DynamicAssigner(RunningMeans):
     r"""Keeps a running mean embedding of every label and matches labels to prototypes by it.
 
     $$
@@ -83,20 +80,9 @@ class DynamicAssigner(nn.Module):
         batch count (there the last one wins), and that the assignment is part of the model's state.
     """
 
-    #: For `ranks.share_buffers_`: the means are of each rank's own data.
-    buffers_are_per_rank = True
-
-    class_means: Tensor
-    class_counts: Tensor
-    combined_counts: Tensor
-    pending_counts: Tensor
-    lost_counts: Tensor
-    class_sums: Tensor | None
     frozen: Tensor
     prices: Tensor
-    writers: Tensor
     noticed: Tensor
-    _momentum: float | None
 
     def __init__(
         self,
@@ -106,35 +92,21 @@ class DynamicAssigner(nn.Module):
         solver: AssignmentMethod = "auto",
         process_group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__()
-        self.momentum = momentum
+        heads = require_heads(source)
+        first = heads[0]
+        super().__init__(first.num_classes, first.dim, first.assignment.device, momentum, process_group)
         choice(solver, "solver", get_args(AssignmentMethod))
-        check_member(process_group)
         # In a tuple, so that the model does not become a submodule of the criterion.
-        self._heads = require_heads(source)
-        check_shared_bank(self._heads)
+        self._heads = heads
         self.solver: AssignmentMethod = solver
-        self.process_group = process_group
         self._history: list[AssignmentStep] = []
         self._oversights = Oversights(weakref.ref(source))
         head = self.head
-        means = torch.zeros(head.num_classes, head.dim, dtype=torch.float32, device=head.assignment.device)
-        self.register_buffer("class_means", means)
-        self.register_buffer("class_counts", means.new_zeros(head.num_classes))
-        # At the last step. What this rank adds to, batch by batch, rounds otherwise than what other ranks add to.
-        self.register_buffer("combined_counts", means.new_zeros(head.num_classes))
-        self.register_buffer("format_version", format_version().to(means.device))
-        # Of the samples since the last step: what each rank weighs by when ranks are combined.
-        self.register_buffer("pending_counts", means.new_zeros(head.num_classes))
-        self.register_buffer("lost_counts", means.new_zeros(head.num_classes), persistent=False)
-        self.register_buffer("class_sums", torch.zeros_like(means) if momentum is None else None)
         # Where the next matching starts from. It saves time and decides nothing: not part of the state_dict.
-        prices = torch.zeros(head.bank.num_prototypes, dtype=torch.float32, device=means.device)
+        prices = torch.zeros(head.bank.num_prototypes, dtype=torch.float32, device=self.class_means.device)
         self.register_buffer("prices", prices, persistent=False)
-        self.register_buffer("frozen", torch.zeros((), dtype=torch.bool, device=means.device))
-        # Ranks that fed what is pending, as bits. Not in checkpoints: the rank that loads one need not be who saved it.
-        self.register_buffer("writers", torch.zeros((), dtype=torch.int64, device=means.device), persistent=False)
-        noticed = torch.zeros(NUM_NOTICED, dtype=torch.int64, device=means.device)
+        self.register_buffer("frozen", torch.zeros((), dtype=torch.bool, device=self.class_means.device))
+        noticed = torch.zeros(NUM_NOTICED, dtype=torch.int64, device=self.class_means.device)
         self.register_buffer("noticed", noticed, persistent=False)
         self._equiangular = is_simplex(head.bank.prototypes)
 
@@ -142,22 +114,6 @@ class DynamicAssigner(nn.Module):
     def head(self) -> HypersphericalHead:
         """The head (the first one, where a model has several)."""
         return self._heads[0]
-
-    @property
-    def momentum(self) -> float | None:
-        """Weight of the old mean, or None for plain means; a number may be set to another one at any time."""
-        return self._momentum
-
-    @momentum.setter
-    def momentum(self, momentum: float | None) -> None:
-        if momentum is not None:
-            momentum = share(momentum, "momentum, the weight of the old mean,", below_one=True)
-        if hasattr(self, "class_sums") and (momentum is None) != (self.class_sums is not None):
-            raise ArgumentError(
-                f"an assigner with momentum={self._momentum} keeps other sums than one with momentum={momentum}: "
-                "make a new one, DynamicAssigner(model, momentum=...)."
-            )
-        self._momentum = momentum
 
     @property
     def history(self) -> tuple[AssignmentStep, ...]:
@@ -181,10 +137,8 @@ class DynamicAssigner(nn.Module):
         Raises:
             LabelError: not labels in [0, C).
         """
-        given = sorted(labels) if isinstance(labels, Set) else labels
-        index = as_tensor(given, "labels, a sequence of ints,", error=LabelError).detach().cpu()
-        index = index.long() if index.numel() == 0 else index
-        check_target(index, index.numel(), self.head.num_classes)
+        index = places(labels, "labels", error=LabelError)
+        check_target(index, len(index), self.head.num_classes)
         for buffer in (self.class_means, self.class_sums, self.pending_counts, self.lost_counts):
             if buffer is not None:
                 buffer.index_fill_(0, index.to(buffer.device), 0.0)
@@ -221,31 +175,9 @@ class DynamicAssigner(nn.Module):
                 "expected to feed the assigner outside of torch.func's transforms, which change no state. Make the "
                 "criterion from the model, and call assigner.update(output, target) outside."
             )
-        device = readout.output.device
-        self._follow_device(device)
-        means, sums, counts = self.class_means, self.class_sums, (self.class_counts, self.pending_counts)
-        with full_precision(device):
-            embeddings = readout.embeddings()
-            finite = torch.isfinite(embeddings).all(dim=1)  # (B,)
-            embeddings = torch.where(finite[:, None], embeddings, 0.0)
-            if target.kept is not None:
-                labels, counting = target.places(), (target.kept & finite).float()
-                embeddings = target.where_kept(embeddings, 0.0)
-                update_by_labels_(means, sums, embeddings, labels, counting, momentum=self.momentum)
-                for each in counts:
-                    each.index_add_(0, labels, counting)
-                self.lost_counts.index_add_(0, labels, (target.kept & ~finite).float())
-            else:
-                weights = evidence(target.values)
-                lost = torch.where(finite[:, None], 0.0, weights)
-                weights = weights - lost
-                update_by_weights_(means, sums, self.pending_counts, embeddings, weights, momentum=self.momentum)
-                for each in counts:
-                    each.add_(weights.sum(dim=0))
-                self.lost_counts.add_(lost.sum(dim=0))
+        self._take_in(readout, target)
         count_batch_(self.noticed, readout, target)
         self._oversights.watch(self.head, readout)
-        self.writers.bitwise_or_(bit_of_this_rank())
 
     def leave_out(self, *, criterion_trains: bool) -> None:
         """Note, for the next step to tell, that a loss has gradients and that its criterion does not feed this."""
@@ -275,7 +207,7 @@ class DynamicAssigner(nn.Module):
         head = self.head
         head.check_in_use()
         self._oversights.check_source(head)
-        combined, total = self._combine_ranks()
+        combined, total = self._combine_ranks(head.assignment.device)
         means, prototypes, before = combined.cpu(), head.bank.prototypes.cpu(), head.assignment.cpu().clone()
         if bool(self.frozen):
             after, solver, optimal = before, "frozen", False
@@ -310,64 +242,3 @@ class DynamicAssigner(nn.Module):
     def extra_repr(self) -> str:
         """What `repr` shows."""
         return f"num_classes={self.head.num_classes}, dim={self.head.dim}, momentum={self.momentum}"
-
-    def _follow_device(self, device: torch.device) -> None:
-        if self.class_means.device != device:
-            self.to(device)
-
-    @torch.no_grad()
-    def _combine_ranks(self) -> tuple[Tensor, Tensor]:
-        """Class means (C, D) of all ranks, checked, and the samples (C,) that they have seen since the last step."""
-        # A rank without a batch has not followed the model yet, and NCCL takes no tensor of the CPU.
-        self._follow_device(self.head.assignment.device)
-        means, total, lost = self.class_means, self.pending_counts, self.lost_counts
-        checked = means
-        if has_ranks(self.process_group):
-            sums = means * total[:, None] if self.class_sums is None else self.class_sums.clone()
-            overwritten = ((self.writers & ~bit_of_this_rank()) != 0).float()
-            total, lost = total.clone(), lost.clone()
-            add_up_ranks([sums, total, lost, overwritten], means.device, process_group=self.process_group)
-            check_not_overwritten(overwritten)
-            checked = sums
-            # A label that has but slivers, on all ranks together, starts no mean; with a momentum none was started.
-            moved = total > 0 if self.class_sums is None else is_seen(total)
-            means = torch.where(moved[:, None], normalise(sums), means)
-        check_finite(checked, total, lost)
-        return means, total
-
-    @torch.no_grad()
-    def _begin_round(self, means: Tensor, total: Tensor) -> None:
-        """Keep what the ranks have combined, and start counting anew."""
-        self.class_means.copy_(means)
-        self.combined_counts.add_(total)
-        self.class_counts.copy_(self.combined_counts)
-        self.pending_counts.zero_()
-        self.lost_counts.zero_()
-        self.writers.zero_()
-        if self.class_sums is not None:
-            self.class_sums.zero_()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicAssigner:
-        return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
-
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-        self._check_checkpoint(state_dict, prefix)
-        stamp_format_(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _check_checkpoint(self, state_dict: dict[str, Tensor], prefix: str) -> None:
-        check_format(state_dict, prefix)
-        for name, own in self.named_buffers():
-            value = state_dict.get(prefix + name)
-            if value is not None and value.shape != own.shape:
-                raise ShapeError(
-                    f"the checkpoint's {prefix}{name} has shape {tuple(value.shape)}, this assigner expects "
-                    f"{tuple(own.shape)}. It was made for {self.head.num_classes} labels in dimension {self.head.dim}."
-                )
-        has_sums = prefix + "class_sums" in state_dict
-        if prefix + "class_means" in state_dict and has_sums != (self.class_sums is not None):
-            saved, own_momentum = "momentum=None" if has_sums else "a momentum", f"momentum={self.momentum}"
-            raise CheckpointError(
-                f"the checkpoint's {prefix}class_means were kept with {saved}, this assigner has {own_momentum}. "
-                "Make the assigner with the checkpoint's momentum before loading."
-            )

@@ -79,7 +79,7 @@ class PrototypeBank(nn.Module):
         num_prototypes = whole_number(num_prototypes, "num_prototypes", error=BankError)
         dim = whole_number(dim, "dim", error=BankError)
         seed = seed_number(seed)
-        if method == "auto":
+        if isinstance(method, str) and method == "auto":
             method = choose_method(num_prototypes, dim)
         if not isinstance(method, str) or method not in CONSTRUCTIONS:
             known = ", ".join(repr(name) for name in ("auto", *CONSTRUCTIONS))

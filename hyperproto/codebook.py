@@ -142,6 +142,8 @@ class Codebook(nn.Module):
             raise ShapeError(
                 f"expected logits of shape (B, {self.num_classes}) or embeddings of shape (B, {self.dim}), got {got}."
             )
+        if not output.is_floating_point():
+            raise ShapeError(f"expected an output in a floating dtype, as the model returns it, got {output.dtype}.")
         returned_embeddings = self.training and self.training_output == "embedding"
         is_embedding = returned_embeddings if self.num_classes == self.dim else output.shape[1] == self.dim
         readout = self._readout(output, is_embedding)
@@ -326,22 +328,6 @@ class Codebook(nn.Module):
         self.check_checkpoint(state_dict, prefix)
         stamp_format_(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def check_shared_bank(codebooks: tuple[Codebook, ...]) -> None:
-    """Raise unless all have the same prototypes and the same assignment.
-
-    Raises:
-        BankError: they do not.
-    """
-    first = codebooks[0]
-    for other in codebooks[1:]:
-        same_bank = other.bank is first.bank or torch.equal(other.bank.prototypes, first.bank.prototypes)
-        if not same_bank or not torch.equal(other.assignment, first.assignment):
-            raise BankError(
-                "all heads of one model must share one bank and one assignment; these differ. Pass one of the heads in "
-                "place of the model where each has a task of its own; otherwise build them with the same PrototypeBank."
-            )
 
 
 def _after_load(codebook: Codebook, incompatible_keys: object) -> None:

@@ -3,12 +3,12 @@
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hyperproto.arguments import choice, module, seed_number, shown, whole_number
+from hyperproto.arguments import choice, seed_number, shown, whole_number
 from hyperproto.bank import PrototypeBank
-from hyperproto.codebook import Codebook, TrainingOutput, check_shared_bank
-from hyperproto.errors import ArgumentError, BankError, HeadNotFoundError, NotLinearError
+from hyperproto.codebook import Codebook, TrainingOutput
+from hyperproto.errors import ArgumentError, BankError, NotLinearError
 from hyperproto.projection import (
     Projection,
     build_projection,
@@ -182,38 +182,3 @@ class HypersphericalHead(Codebook):
                 "such as timm's TestTimePoolHead, fuse() or --head-init-scale, works on hyperproto.to_linear(model)."
             )
         return super().__getattr__(name)
-
-
-def get_heads(model: nn.Module) -> dict[str, HypersphericalHead]:
-    """Hyperspherical heads of a model by dotted name ("" if the model is a head itself); empty if it has none.
-
-    Sees through wrappers such as DistributedDataParallel and torch.compile.
-
-    Examples:
-        >>> list(get_heads(nn.Sequential(nn.Flatten(), HypersphericalHead(8, 4))))
-        ['1']
-    """
-    return {name: each for name, each in module(model).named_modules() if isinstance(each, HypersphericalHead)}
-
-
-def require_heads(model: nn.Module) -> tuple[HypersphericalHead, ...]:
-    """The model's heads, at least one; all of one task.
-
-    Raises:
-        HeadNotFoundError: there is none.
-        BankError: they differ in prototypes, assignment or scale: no one of them can speak for the others.
-    """
-    heads = tuple(get_heads(model).values())
-    if not heads:
-        raise HeadNotFoundError(
-            f"{type(model).__name__} has no HypersphericalHead. Call hyperproto.convert_model(model, ...) first."
-        )
-    if any(head.assignment.is_meta for head in heads):  # without values there is nothing to compare
-        return heads
-    check_shared_bank(heads)
-    if any(not torch.equal(head.logit_scale, heads[0].logit_scale) for head in heads[1:]):
-        raise BankError(
-            f"the heads of {type(model).__name__} have other scales ({', '.join(get_heads(model))}), so that the first "
-            "one cannot read what the others return. Pass one of the heads in place of the model."
-        )
-    return heads

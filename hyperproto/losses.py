@@ -18,7 +18,8 @@ from hyperproto.functional import (
     scaled_cross_entropy,
     squared_class_lengths,
 )
-from hyperproto.head import HypersphericalHead, require_heads
+from hyperproto.head import HypersphericalHead
+from hyperproto.heads import require_heads
 from hyperproto.precision import keeping_dtype
 from hyperproto.readout import Readout
 from hyperproto.targets import IGNORE_INDEX, Target, is_seen, largest_total, read_target

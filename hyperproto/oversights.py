@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hyperproto.errors import AssignmentError, HeadNotFoundError
-from hyperproto.head import HypersphericalHead, get_heads
+from hyperproto.head import HypersphericalHead
+from hyperproto.heads import get_heads
 from hyperproto.readout import Readout
 from hyperproto.targets import Target, is_seen
 from hyperproto.telling import tell
@@ -111,7 +112,7 @@ class Oversights:
             pending: (C,) samples of each label since the last step.
             noticed: (NUM_NOTICED,) int64, what `count_batch_` has counted since.
         """
-        counts, pending = counts.cpu().double(), pending.cpu().double()  # not every device has float64
+        counts, pending = counts.cpu().double(), pending.cpu().double()
         if not pending.any() and (self.left_out or not counts.any()):
             self._tell_once("nothing fed", _nothing_fed(self.left_out))
         num_seen = int(is_seen(counts).sum())

@@ -10,13 +10,11 @@ where nobody looks.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hyperproto.errors import ArgumentError, ShapeError
+from hyperproto.arguments import matrix, not_negative
 from hyperproto.precision import full_precision
 
 #: Smallest normal float32. Below it 1 / length, which is the size of the gradient, leaves float32's range.
@@ -117,10 +115,7 @@ def hyperspherical_energy(weight: Tensor, *, power: float, half_space: bool = Fa
     References:
         Liu et al., NeurIPS 2018, eq. 1 (energy) and section 3.3 (half-space form).
     """
-    if weight.dim() != 2:
-        raise ShapeError(f"expected a weight of shape (P, D), got {tuple(weight.shape)}.")
-    if not (math.isfinite(power) and power >= 0):
-        raise ArgumentError(f"expected a finite power >= 0, got {power}.")
+    weight, power = matrix(weight, "a weight of shape (P, D)", smallest=(0, 1)), not_negative(power, "power")
     points = normalise(weight)
     if half_space:
         points = torch.cat([points, -points])

@@ -211,9 +211,8 @@ def poison_one_rank(rank: int, momentum: float | None) -> dict:
     assigner.step()
     assigner.update(normalize(torch.randn(NUM_CLASSES, DIM)), torch.arange(NUM_CLASSES))
     if rank == 1:
-        embeddings = torch.eye(DIM)[:1].clone()
-        embeddings[0, 1] = float("nan")
-        assigner.update(embeddings, torch.tensor([4]))
+        lost = 2 * NUM_CLASSES  # as many as both ranks have fed
+        assigner.update(torch.full((lost, DIM), float("nan")), torch.full((lost,), 4))
     before = snapshot(assigner)
     with pytest.raises(AssignmentError) as failure:
         assigner.step()
@@ -240,8 +239,9 @@ def test_non_finite_means_of_one_rank_stop_all_and_the_advice_works(momentum):
 def test_means_that_are_not_finite_stop_one_process_too():
     assigner = make_assigner(0.9)
     embeddings = normalize(torch.randn(NUM_CLASSES, DIM))
-    embeddings[4] = float("nan")
     assigner.update(embeddings, torch.arange(NUM_CLASSES))
+    assigner.step()
+    assigner.update(torch.full((1, DIM), float("nan")), torch.tensor([4]))
     with pytest.raises(AssignmentError, match=r"1 labels are not finite: \[4\]"):
         assigner.step()
     assigner.forget([4])

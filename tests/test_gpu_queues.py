@@ -19,6 +19,10 @@ import mosaics  # noqa: E402
 import train  # noqa: E402
 from cuda_graph import WARM_UP, captured  # noqa: E402
 
+# Tiny data: the scale has no best value, or a bound is the best.
+pytestmark = pytest.mark.filterwarnings("ignore:fit_logit_scale:hyperproto.HyperprotoWarning")
+
+
 CPU = torch.device("cpu")
 
 

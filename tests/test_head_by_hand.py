@@ -20,6 +20,9 @@ from hyperproto import (
 from hyperproto.projection import RowBatchNorm
 from hyperproto.testing import SEEDS
 
+# Tiny data: the scale has no best value, or a bound is the best.
+pytestmark = pytest.mark.filterwarnings("ignore:fit_logit_scale:hyperproto.HyperprotoWarning")
+
 
 def test_widths_are_told_as_by_nn_linear_and_fixed():
     head = HypersphericalHead(16, 8, dim=4)

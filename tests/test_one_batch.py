@@ -17,6 +17,10 @@ from hyperproto import (
 )
 from hyperproto.codebook import Codebook
 
+# Tiny data: the scale has no best value, or a bound is the best.
+pytestmark = pytest.mark.filterwarnings("ignore:fit_logit_scale:hyperproto.HyperprotoWarning")
+
+
 LOSSES = [BalancedLoss, LongTailLoss, PrototypeCrossEntropyLoss]
 
 

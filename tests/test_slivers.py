@@ -17,6 +17,9 @@ from hyperproto.functional import batch_squared_lengths, long_tail_loss
 from hyperproto.losses import PrototypeLoss
 from hyperproto.testing import SEEDS
 
+# Small heads of as many dimensions as labels: the library tells that embeddings save nothing there.
+pytestmark = pytest.mark.filterwarnings("ignore:training_output=.embedding. saves nothing:hyperproto.HyperprotoWarning")
+
 
 def smoothed(labels: torch.Tensor, num_classes: int, share: float) -> torch.Tensor:
     return (1.0 - share) * one_hot(labels, num_classes).float() + share / num_classes

@@ -61,6 +61,14 @@ def test_labels_may_be_a_view_with_gaps(consumer):
     consumer(embeddings(3), labels[::2])  # torch warns of searches in such views, and warnings are errors here
 
 
+@pytest.mark.parametrize("wrong", [float("inf"), float("nan"), -0.1])
+def test_soft_targets_weigh_by_finite_numbers_from_zero(consumer, wrong):
+    target = torch.full((3, NUM_CLASSES), 0.2)
+    target[1, 2] = wrong
+    with pytest.raises(LabelError, match="finite and not negative"):
+        consumer(embeddings(3), target)
+
+
 # Targets as people write them
 
 

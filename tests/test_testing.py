@@ -295,7 +295,8 @@ FAULTS = {
                                                                      / max(len(output), 1)),
         "slope|other samples|gradient"),
     "labels of others": (lambda loss, output, target, right: right(output, target.roll(1, 0)), "order|pull"),
-    "labels sorted": (lambda loss, output, target, right: right(output, target.sort(dim=0).values), "order|one-hot"),
+    "labels sorted": (lambda loss, output, target, right: right(output, target.sort(dim=0).values if target.dim() == 1
+                                                                    else target), "order|one-hot"),
     "another loss for one sample": (
         lambda loss, output, target, right: right(output, target) * (1.1 if len(output) == 1 else 1.0),
         "other samples"),

@@ -6,6 +6,7 @@ import logging
 
 from torch import nn
 
+from hyperproto.arguments import seed_number, whole_number
 from hyperproto.bank import PrototypeBank
 from hyperproto.codebook import TrainingOutput
 from hyperproto.conversion.channels import ChannelsFirstHead
@@ -31,7 +32,8 @@ from hyperproto.conversion.structures import (
 )
 from hyperproto.conversion.warm_start import warm_start_
 from hyperproto.errors import AlreadyConvertedError, ArgumentError
-from hyperproto.head import HypersphericalHead, get_heads
+from hyperproto.head import HypersphericalHead
+from hyperproto.heads import get_heads
 from hyperproto.projection import Projection
 
 logger = logging.getLogger(__name__)
@@ -97,6 +99,9 @@ def convert_model(
             "Call hyperproto.restore_model(model) first to convert it differently."
         )
     check_unwrapped(model)
+    dim = None if dim is None else whole_number(dim, "dim")
+    num_classes = None if num_classes is None else whole_number(num_classes, "num_classes", smallest=2)
+    seed = seed_number(seed)
     before = Snapshot(model)
     num_parameters = count_parameters(model)
     with before.undo_on_error():

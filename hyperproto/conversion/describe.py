@@ -10,7 +10,8 @@ from hyperproto.affine import known_layers
 from hyperproto.bank import PrototypeBank
 from hyperproto.conversion.locate import Leaf, num_inputs, num_outputs
 from hyperproto.conversion.record import RECORD, Conversion, count_parameters
-from hyperproto.head import HypersphericalHead, get_heads, require_heads
+from hyperproto.head import HypersphericalHead
+from hyperproto.heads import get_heads, require_heads
 from hyperproto.losses import PrototypeCrossEntropyLoss
 from hyperproto.projection import has_layers
 from hyperproto.sphere import sampled_largest_cosines

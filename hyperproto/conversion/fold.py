@@ -10,7 +10,8 @@ from hyperproto.conversion.channels import ChannelsFirstHead
 from hyperproto.conversion.locate import Leaf, put_in_place
 from hyperproto.conversion.record import RECORD, get_record
 from hyperproto.errors import ArgumentError
-from hyperproto.head import HypersphericalHead, get_heads
+from hyperproto.head import HypersphericalHead
+from hyperproto.heads import get_heads
 
 
 def to_linear(model: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from hyperproto.head import get_heads
+from hyperproto.heads import get_heads
 
 
 def check_before_loading(model: nn.Module) -> RemovableHandle:

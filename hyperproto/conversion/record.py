@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hyperproto.arguments import module as check_module
 from hyperproto.conversion.locate import Leaf
 from hyperproto.errors import HeadNotFoundError
 from hyperproto.head import HypersphericalHead
@@ -152,8 +153,9 @@ def get_record(model: nn.Module, verb: str) -> Conversion:
 
     Raises:
         HeadNotFoundError: the model was not converted, or the converted model is inside this one.
+        ArgumentError: it is no model.
     """
-    record = model.__dict__.get(RECORD)
+    record = check_module(model).__dict__.get(RECORD)
     if isinstance(record, Conversion):
         return record
     label = type(model).__name__

@@ -6,7 +6,8 @@ from torch import nn
 
 from hyperproto.conversion.locate import put_in_place
 from hyperproto.conversion.record import RECORD, count_parameters
-from hyperproto.head import HypersphericalHead, get_heads
+from hyperproto.head import HypersphericalHead
+from hyperproto.heads import get_heads
 
 
 def replace_head(model: nn.Module, name: str, head: HypersphericalHead) -> None:

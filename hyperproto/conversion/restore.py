@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from hyperproto.conversion.record import RECORD, get_record
-from hyperproto.head import get_heads
+from hyperproto.heads import get_heads
 
 
 def restore_model(model: nn.Module) -> nn.Module:

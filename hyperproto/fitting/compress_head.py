@@ -20,7 +20,8 @@ from hyperproto.fitting.components import principal_components
 from hyperproto.fitting.data import HeldFeatures, check_fit_options, cross_entropy_with
 from hyperproto.fitting.lbfgs import class_mean, minimise
 from hyperproto.fitting.report import HeadFit
-from hyperproto.head import HypersphericalHead, get_heads, require_heads
+from hyperproto.head import HypersphericalHead
+from hyperproto.heads import get_heads, require_heads
 from hyperproto.ranks import ProcessGroup, check_member
 
 

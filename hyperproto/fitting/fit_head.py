@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from hyperproto.affine import affine_state, layers_of
-from hyperproto.codebook import check_shared_bank
 from hyperproto.fitting.closed_form import match_classes, regress
 from hyperproto.fitting.features import collect
 from hyperproto.fitting.report import HeadFit, report_fit
 from hyperproto.fitting.statistics import FeatureSample, FeatureStatistics
-from hyperproto.head import HypersphericalHead, require_heads
+from hyperproto.head import HypersphericalHead
+from hyperproto.heads import require_heads
 from hyperproto.matching.solve import solve_assignment
 from hyperproto.projection import has_layers
 from hyperproto.ranks import ProcessGroup, check_member
@@ -90,7 +90,6 @@ def fit_head(model: nn.Module, loader: Iterable[Any], *, process_group: ProcessG
     """
     heads = require_heads(model)
     check_member(process_group)
-    check_shared_bank(heads)
     for head in heads:
         layers_of(head.projection)  # raises for a projection that cannot be set, before the pass over the data
     sample = FeatureSample(max(1, KEPT_NUMBERS // heads[0].in_features), heads[0].in_features)

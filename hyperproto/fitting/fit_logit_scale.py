@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from hyperproto.conversion.channels import ChannelsFirstHead
 from hyperproto.errors import ArgumentError, ShapeError
 from hyperproto.fitting.features import evaluating, is_of_positions, run_batches, unwrapped
-from hyperproto.head import HypersphericalHead, require_heads
+from hyperproto.head import HypersphericalHead
+from hyperproto.heads import require_heads
 from hyperproto.ranks import ProcessGroup, add_up_ranks, check_member
 from hyperproto.telling import tell
 

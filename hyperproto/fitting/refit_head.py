@@ -16,7 +16,8 @@ from hyperproto.fitting.closed_form import least_squares
 from hyperproto.fitting.data import HeldFeatures, check_fit_options, cross_entropy_with
 from hyperproto.fitting.lbfgs import class_mean, minimise
 from hyperproto.fitting.report import HeadFit
-from hyperproto.head import HypersphericalHead, require_heads
+from hyperproto.head import HypersphericalHead
+from hyperproto.heads import require_heads
 from hyperproto.projection import has_layers
 from hyperproto.ranks import ProcessGroup, check_member
 from hyperproto.telling import tell

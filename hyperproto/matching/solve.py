@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from hyperproto.arguments import as_tensor, choice, matrix
 from hyperproto.errors import ArgumentError, AssignmentError, ShapeError
 from hyperproto.matching.dense import solve_dense
 from hyperproto.matching.problem import check_assignment, total_similarity
@@ -88,12 +89,16 @@ def solve_assignment(
     References:
         Saadabadi et al., CVPR 2024, eq. 7 (the assignment step).
     """
-    if method not in get_args(AssignmentMethod):
-        raise ArgumentError(f"method must be one of {get_args(AssignmentMethod)}, got {method!r}.")
+    choice(method, "method", get_args(AssignmentMethod))
+    class_means = matrix(class_means, "class means of shape (C, D)", smallest=(0, 1))
+    prototypes = matrix(prototypes, "prototypes of shape (P, D)", smallest=(0, 1))
+    weights = None if weights is None else as_tensor(weights, "weights of shape (C,)")
+    prices = None if prices is None else as_tensor(prices, "prices of shape (P,)")
     _check_problem(class_means, prototypes, weights, prices)
     num_classes, num_prototypes = len(class_means), len(prototypes)
     if current is None:
         current = torch.arange(num_classes, device="cpu")
+    current = as_tensor(current, "the current assignment", error=AssignmentError)
     check_assignment(current, num_classes, num_prototypes)
     means, prototypes, current = (
         normalise(class_means.detach()).cpu(),

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperproto.errors import HeadNotFoundError
-from hyperproto.head import HypersphericalHead, get_heads
+from hyperproto.head import HypersphericalHead
+from hyperproto.heads import get_heads
 
 #: Largest difference that counts as rounding, as a share of the largest value compared.
 ROUNDING = 3e-4

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SEED = 0
 #: Half an hour on two cores.
-SAMPLE = 900
+SAMPLE = 700
 
 
 def mutmut(*arguments: str) -> str:
