@@ -68,6 +68,7 @@ def _run(function: Callable[..., Any], rank: int, world_size: int, folder: str, 
         warnings.simplefilter("error")
         # Dynamo asks for the gradient of whatever a compiled function is given.
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
+        warnings.filterwarnings("ignore", "Guards may run slower on Python 3.13.0", RuntimeWarning)
         torch.set_num_threads(1)
         torch.manual_seed(0)
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)

@@ -1,7 +1,7 @@
 """A device without float64, as Apple's GPUs are: nothing on the model's own device is ever of that type.
 
-The device is played on the CPU: tensors that are said to lie on it are of a class of their own. What an operation
-makes of them lies there too, and only a move to the CPU, a list or a number leaves it.
+The device is played on the CPU: account is kept of the memory that is said to lie on it. What an operation makes of a
+tensor there lies there too, and only a move to the CPU, a list or a number leaves it.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_any, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hyperproto import (
     BalancedLoss,
@@ -35,19 +36,13 @@ DEVICE = torch.device("mps")
 NUM_CLASSES, WIDTH = 6, 8
 
 
-class OnDevice(Tensor):
-    """A tensor on the device that is played."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    def __deepcopy__(self, memo: dict[int, Tensor]) -> Tensor:
-        twin = self.detach().clone()
-        memo[id(self)] = nn.Parameter(twin, self.requires_grad) if isinstance(self, nn.Parameter) else twin
-        return memo[id(self)]
-
-
 class DeviceWithoutFloat64(TorchFunctionMode):
     """Lets operations run on the CPU, keeps account of what lies on the device, and refuses float64 there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Memory on the device, by address, which the reference keeps from being used again.
+        self.memory: dict[int, StorageWeakRef] = {}
 
     def __torch_function__(
         self,
@@ -59,53 +54,55 @@ class DeviceWithoutFloat64(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is torch._C._nn._parse_to:  # arguments of nn.Module.to, which calls Tensor.to with them
             return function(*args, **kwargs)
-        on_device = tree_any(lambda leaf: isinstance(leaf, OnDevice), (args, kwargs))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        on_device = any(self.holds(tensor) for tensor in tensors)
         if function == Tensor.device.__get__:
             return DEVICE if on_device else function(*args)
         if function is Tensor.numpy and on_device:
             raise TypeError("a tensor on a device has no array: move it to the CPU first")
-        if function is Tensor.cpu:
-            return function(*args, **kwargs).as_subclass(Tensor)
-        target = self._target(function, args, kwargs)
+        target = torch.device("cpu") if function is Tensor.cpu else self._target(function, args, kwargs)
         if target is not None:
             on_device = target.type == DEVICE.type
             args, kwargs = tree_map_only(torch.device, lambda _: torch.device("cpu"), (args, kwargs))
         result = function(*args, **kwargs)
         if isinstance(result, torch.Size):
             return result
-        place = self._put if on_device else lambda tensor: tensor.as_subclass(Tensor) if target else tensor
+        given = {address_of(tensor) for tensor in tensors}
+
+        def place(tensor: Tensor) -> Tensor:
+            if target is not None and self.holds(tensor) != on_device and address_of(tensor) in given:
+                tensor = tensor.clone()  # a move
+                given.discard(address_of(tensor))
+            if on_device and address_of(tensor) not in given:
+                self.memory[address_of(tensor)] = StorageWeakRef(tensor.untyped_storage())
+            if self.holds(tensor) and tensor.dtype == torch.float64:
+                raise TypeError("the device has no float64")
+            return tensor
+
         return tree_map_only(Tensor, place, result)
+
+    def holds(self, tensor: Tensor) -> bool:
+        return address_of(tensor) in self.memory
 
     @staticmethod
     def _target(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device | None:
         """The device that the call names."""
-        named = [kwargs.get("device"), *(args[1:] if function is Tensor.to else ())]
-        for each in named:
-            if isinstance(each, OnDevice):
-                return DEVICE
+        for each in (kwargs.get("device"), *(args[1:] if function is Tensor.to else ())):
             if isinstance(each, torch.device):
                 return each
             if isinstance(each, str):
                 return torch.device(each)
         return None
 
-    @staticmethod
-    def _put(tensor: Tensor) -> Tensor:
-        if tensor.dtype == torch.float64:
-            raise TypeError("the device has no float64")
-        return tensor if isinstance(tensor, OnDevice) else tensor.as_subclass(OnDevice)
+
+def address_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 @pytest.fixture(autouse=True)
 def device() -> Iterator[None]:
-    before = torch.__future__.get_overwrite_module_params_on_conversion()
-    # A parameter that moves to the device becomes another object, of the class for it.
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
-    try:
-        with DeviceWithoutFloat64():
-            yield
-    finally:
-        torch.__future__.set_overwrite_module_params_on_conversion(before)
+    with DeviceWithoutFloat64():
+        yield
 
 
 def plain() -> nn.Module:
@@ -126,7 +123,7 @@ def loader() -> list[tuple[Tensor, Tensor]]:
 
 def assert_on_device(model: nn.Module) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        assert isinstance(tensor, OnDevice), name
+        assert tensor.device == DEVICE, name
 
 
 def test_the_device_that_is_played_has_no_float64():
@@ -178,7 +175,7 @@ def test_training(make_loss, momentum, soft, training_output):
         assigner.step()
     for module in (model, assigner, criterion):
         assert_on_device(module)
-    assert isinstance(loss, OnDevice)
+    assert loss.device == DEVICE
 
 
 @pytest.mark.parametrize("projection", ["linear", "linear+bn"])
@@ -203,7 +200,7 @@ def test_evaluation():
     embeddings = head.embed(torch.randn(3, WIDTH).to(DEVICE))
     cosines, labels = head.topk(embeddings, 2)
     recovered = head.recover_embeddings(model(torch.randn(3, 5).to(DEVICE)))
-    assert all(isinstance(tensor, OnDevice) for tensor in (embeddings, cosines, labels, recovered))
+    assert all(tensor.device == DEVICE for tensor in (embeddings, cosines, labels, recovered))
     head.assign_(torch.randperm(NUM_CLASSES))
     to_linear(model)
     assert_on_device(model)
