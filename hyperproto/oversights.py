@@ -116,7 +116,7 @@ class Oversights:
         if not pending.any() and (self.left_out or not counts.any()):
             self._tell_once("nothing fed", _nothing_fed(self.left_out))
         num_seen = int(is_seen(counts).sum())
-        if counts.any() and 10 * num_seen < len(counts) and float(counts.sum()) >= 10 * num_seen:
+        if 0 < 10 * num_seen < len(counts) and float(counts.sum()) >= 10 * num_seen:
             self._tell_once(
                 "unseen",
                 f"after {counts.sum():.0f} samples {len(counts) - num_seen} of {len(counts)} labels were not seen "
