@@ -14,7 +14,16 @@ import hyperproto
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(page.stem for page in (ROOT / "docs").glob("*.md"))
-GROUPS = ["Convert", "Train", "Fit", "Deploy", "Banks", "Errors", "hyperproto.functional", "hyperproto.testing"]
+GROUPS = [
+    "Convert",
+    "Train",
+    "Fit",
+    "Deploy",
+    "Banks",
+    "Errors and warnings",
+    "hyperproto.functional",
+    "hyperproto.testing",
+]
 PUBLIC = [name for name in hyperproto.__all__ if not inspect.ismodule(getattr(hyperproto, name))]
 CITED = re.compile(r"\[[1-4](?:, [1-4])*\]")
 
