@@ -249,14 +249,12 @@ class Codebook(nn.Module):
         self.bank.check_checkpoint(state_dict, prefix + "bank.")
         assignment = state_dict.get(prefix + "assignment")
         if assignment is not None and not assignment.is_meta:
-            try:
-                check_assignment(assignment, self.num_classes, self.bank.num_prototypes)
-            except AssignmentError as error:
-                raise AssignmentError(
-                    f"the checkpoint's {prefix}assignment does not fit this head of {self.num_classes} labels: {error} "
-                    "Convert the model with the checkpoint's num_classes before loading, or drop the keys of the head "
-                    "to load the others."
-                ) from error
+            self._check_found(
+                assignment,
+                f"the checkpoint's {prefix}assignment does not fit this head of {self.num_classes} labels",
+                "Convert the model with the checkpoint's num_classes before loading, or drop the keys of the head "
+                "to load the others.",
+            )
 
     def _check_written_assignment(self) -> None:
         """Raise if something has written to the buffer `assignment` what is no assignment; for evaluation only.
@@ -277,15 +275,20 @@ class Codebook(nn.Module):
         written = (id(assignment), assignment._version)
         if (assignment._version == 0 and self._checked is not None) or written == self._checked:
             return
+        self._check_found(
+            assignment,
+            "the buffer `assignment` was written from outside, and is no assignment any more",
+            "An average over buffers does that (AveragedModel with use_buffers=True). Average without buffers, or give "
+            "this head the model's assignment before each evaluation: averaged_head.assign_(head.assignment).",
+        )
+        self._checked = written
+
+    def _check_found(self, assignment: Tensor, what: str, advice: str) -> None:
+        """Raise, saying what was found and what to do, unless this is an assignment of the codebook's labels."""
         try:
             check_assignment(assignment, self.num_classes, self.bank.num_prototypes)
         except AssignmentError as error:
-            raise AssignmentError(
-                f"the buffer `assignment` was written from outside, and is no assignment any more: {error} An average "
-                "over buffers does that (AveragedModel with use_buffers=True). Average without buffers, or give this "
-                "head the model's assignment before each evaluation: averaged_head.assign_(head.assignment)."
-            ) from error
-        self._checked = written
+            raise AssignmentError(f"{what}: {error} {advice}") from error
 
     def _readout(self, output: Tensor, is_embedding: bool) -> Readout:
         return Readout(

@@ -114,7 +114,7 @@ def long_tail_loss(
     """
     cosines, checked = _read(cosines, target, ignore_index)
     if class_counts is None:
-        lengths = batch_squared_lengths(checked.values, ignore_index=ignore_index)
+        lengths = batch_squared_lengths(checked.values, ignore_index=checked.ignore_index)
     else:
         lengths = _at_labels(squared_class_lengths(class_counts, cosines.shape[1])[None].to(cosines.device), checked)
     return pull_loss(_at_labels(cosines, checked), checked, 0.5 * lengths, reduction=reduction)
@@ -165,7 +165,7 @@ def prototype_cross_entropy(
         scale=positive_number(scale, "scale"),
         label_smoothing=share(label_smoothing, "label_smoothing"),
         weight=None if weight is None else class_weights(weight, cosines.shape[1]).to(cosines.device),
-        ignore_index=ignore_index,
+        ignore_index=checked.ignore_index,
         reduction=reduction,
     )
 

@@ -180,10 +180,12 @@ class LongTailLoss(PrototypeLoss):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__(source, ignore_index=ignore_index, reduction=reduction)
-        lengths = None if class_counts is None else squared_class_lengths(class_counts, self.head.num_classes)
+        lengths = None
+        if class_counts is not None:
+            counts = numbers_by_label(class_counts, "class_counts", self.head.num_classes)
+            lengths = squared_class_lengths(counts, len(counts))
+            _check_evidence(counts)
         self.register_buffer("squared_lengths", lengths, persistent=False)
-        if lengths is not None:
-            _check_evidence(numbers_by_label(class_counts, "class_counts", len(lengths)))
 
     def _loss(self, readout: Readout, target: Target) -> Tensor:
         weights = 0.5 * self._squared_lengths_for(target, readout.output.device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hyperproto.errors import AssignmentError, HeadNotFoundError
+from hyperproto.errors import HeadNotFoundError
 from hyperproto.head import HypersphericalHead
 from hyperproto.heads import get_heads
 from hyperproto.readout import Readout
@@ -189,21 +189,6 @@ def count_batch_(noticed: Tensor, readout: Readout, target: Target) -> None:
         largest = torch.where(kept, labels, smallest).amax()
         of_two = ((labels == smallest) | (labels == largest) | ~kept).all()
         noticed[:IMPOSSIBLE].add_(torch.stack([torch.ones_like(of_two), smallest == largest, of_two]))
-
-
-def check_not_overwritten(num_ranks: Tensor) -> None:
-    """Raise if ranks found their buffers written by others.
-
-    Raises:
-        AssignmentError: num_ranks () is not zero.
-    """
-    if bool(num_ranks > 0):
-        raise AssignmentError(
-            f"on {int(num_ranks)} ranks the assigner's buffers were overwritten by another rank's: it is part of a "
-            "module wrapped by DistributedDataParallel. Wrap with forward_sync_buffers=False (before torch 2.13: "
-            "broadcast_buffers=False), or keep the assigner, and the criterion that holds it, outside of what is "
-            "wrapped."
-        )
 
 
 def _nothing_fed(left_out: str | None) -> str:

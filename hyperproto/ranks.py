@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hyperproto.errors import ArgumentError
+from hyperproto.errors import ArgumentError, AssignmentError
 
 #: The ranks that share out the data.
 ProcessGroup = dist.ProcessGroup
@@ -73,3 +73,18 @@ def share_buffers_(model: nn.Module, *, process_group: ProcessGroup | None = Non
 def bit_of_this_rank() -> int:
     """What this rank signs with, where it matters who wrote something: one bit of 63."""
     return 1 << (dist.get_rank() % 63 if dist.is_available() and dist.is_initialized() else 0)
+
+
+def check_not_overwritten(num_ranks: Tensor) -> None:
+    """Raise if ranks found their buffers written by others.
+
+    Raises:
+        AssignmentError: num_ranks () is not zero.
+    """
+    if bool(num_ranks > 0):
+        raise AssignmentError(
+            f"on {int(num_ranks)} ranks the assigner's buffers were overwritten by another rank's: it is part of a "
+            "module wrapped by DistributedDataParallel. Wrap with forward_sync_buffers=False (before torch 2.13: "
+            "broadcast_buffers=False), or keep the assigner, and the criterion that holds it, outside of what is "
+            "wrapped."
+        )

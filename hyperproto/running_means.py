@@ -11,9 +11,15 @@ from hyperproto.arguments import share
 from hyperproto.checkpoint import check_format, format_version, stamp_format_
 from hyperproto.class_means import check_finite, update_by_labels_, update_by_weights_
 from hyperproto.errors import ArgumentError, CheckpointError, ShapeError
-from hyperproto.oversights import check_not_overwritten
 from hyperproto.precision import full_precision, keeping_dtype
-from hyperproto.ranks import ProcessGroup, add_up_ranks, bit_of_this_rank, check_member, has_ranks
+from hyperproto.ranks import (
+    ProcessGroup,
+    add_up_ranks,
+    bit_of_this_rank,
+    check_member,
+    check_not_overwritten,
+    has_ranks,
+)
 from hyperproto.readout import Readout
 from hyperproto.sphere import normalise
 from hyperproto.targets import Target, evidence, is_seen
@@ -107,8 +113,9 @@ class RunningMeans(nn.Module):
                 lost = torch.where(finite[:, None], 0.0, weights)
                 weights = weights - lost
                 update_by_weights_(means, sums, self.pending_counts, embeddings, weights, momentum=self.momentum)
+                fed = weights.sum(dim=0)
                 for each in counts:
-                    each.add_(weights.sum(dim=0))
+                    each.add_(fed)
                 self.lost_counts.add_(lost.sum(dim=0))
         self.writers.bitwise_or_(bit_of_this_rank())
 

@@ -217,11 +217,8 @@ def test_prices_to_start_from_change_no_total(shape, spare, scale, seed):
     assert warm.similarity == pytest.approx(best_total(means, prototypes), abs=1e-6)
 
 
-@pytest.mark.parametrize("shape", ["random", "coinciding", "clusters", "trained"])
-def test_a_warm_step_scans_once_when_little_has_changed(shape, monkeypatch):
-    prototypes = unit_rows(1200, 64)
-    means = means_of(shape, 1200, prototypes)
-    first = solve_assignment(means, prototypes, method="sparse")
+def scanned_from_now(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that fills with how many labels each scan looks at."""
     scanned = []
     scan = Candidates.scan
 
@@ -230,6 +227,15 @@ def test_a_warm_step_scans_once_when_little_has_changed(shape, monkeypatch):
         return scan(self, prices, labels)
 
     monkeypatch.setattr(Candidates, "scan", counting)
+    return scanned
+
+
+@pytest.mark.parametrize("shape", ["random", "coinciding", "clusters", "trained"])
+def test_a_warm_step_scans_once_when_little_has_changed(shape, monkeypatch):
+    prototypes = unit_rows(1200, 64)
+    means = means_of(shape, 1200, prototypes)
+    first = solve_assignment(means, prototypes, method="sparse")
+    scanned = scanned_from_now(monkeypatch)
     means = normalise(means + 1e-4 * unit_rows(1200, 64, seed=9))
     second = solve_assignment(means, prototypes, current=first.assignment, prices=first.prices, method="sparse")
     assert sum(scanned) < 1.5 * 1200
@@ -382,14 +388,7 @@ def test_the_second_step_of_an_assigner_scans_once_when_little_has_changed(monke
     means = means_of("clusters", 1200, prototypes)
     assigner.update(means, torch.arange(1200))
     assigner.step()
-    scanned = []
-    scan = Candidates.scan
-
-    def counting(self, prices, labels=None):
-        scanned.append(len(self.left_out) if labels is None else len(labels))
-        return scan(self, prices, labels)
-
-    monkeypatch.setattr(Candidates, "scan", counting)
+    scanned = scanned_from_now(monkeypatch)
     assigner.update(normalise(means + 1e-4 * unit_rows(1200, 64, seed=9)), torch.arange(1200))
     assigner.step()
     assert 0 < sum(scanned) < 1.5 * 1200

@@ -124,7 +124,7 @@ def convert_model(
         _put_in(model, leaves, heads, record, seed)
         if not others:
             set_num_classes(model, list(record.leaves), next(iter(heads.values())).num_classes)
-        check_reach(model, list(record.leaves), found=found)
+        check_reach(model, dict(zip(record.leaves, heads.values(), strict=True)), found=found)
         record.num_parameters_after = count_parameters(model)
         record.changes = before.changes()
         record.requires_grad = before.changed_flags()

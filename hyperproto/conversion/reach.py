@@ -45,7 +45,7 @@ SAMPLES = 3
 TOLERANCE = 0.02
 
 
-def check_reach(model: nn.Module, names: list[str], *, found: bool) -> None:
+def check_reach(model: nn.Module, heads: dict[str, HypersphericalHead], *, found: bool) -> None:
     """Raise unless the heads' outputs make the model's.
 
     A run is a forward pass in eval mode of a copy that shares the weights, on random inputs of a shape that the model's
@@ -53,15 +53,15 @@ def check_reach(model: nn.Module, names: list[str], *, found: bool) -> None:
 
     Args:
         model: with heads in place.
-        names: of the heads.
+        heads: by their names in it.
         found: whether the model itself or its class told where they are.
 
     Raises:
         HeadNotFoundError: something stands between; says what, as far as it can be told.
     """
-    plain = [_is_plain(model, name, found) for name in names]
+    plain = [_is_plain(model, name, found) for name in heads]
     if not all(plain):
-        _check_by_running(model, names)
+        _check_by_running(model, heads)
 
 
 def _is_plain(model: nn.Module, name: str, found: bool) -> bool:
@@ -113,13 +113,11 @@ class _Probe(nn.Module):
 
 
 @torch.no_grad()
-def _check_by_running(model: nn.Module, names: list[str]) -> None:
-    heads = {name: model.get_submodule(name) for name in names}
+def _check_by_running(model: nn.Module, heads: dict[str, HypersphericalHead]) -> None:
     reference = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
     if reference is None or any(parameter.is_meta for parameter in model.parameters()):
         return
     head = next(iter(heads.values()))
-    assert isinstance(head, HypersphericalHead)
     generator = torch.Generator(device="cpu").manual_seed(0)
     same = torch.randn(head.num_classes, generator=generator, device="cpu").to(head.logit_scale)
     probes = {id(each): _Probe(head, same) for each in heads.values()}
@@ -139,7 +137,7 @@ def _check_by_running(model: nn.Module, names: list[str]) -> None:
             _is_same(each, same) for each in _tensors(output)
         ):
             raise HeadNotFoundError(
-                f"expected {type(model).__name__} to return what {', '.join(map(repr, names))} returns, but something "
+                f"expected {type(model).__name__} to return what {', '.join(map(repr, heads))} returns, but something "
                 "behind or beside it changes that: an activation, a scale, an adapter, another layer. A head's cosines "
                 "have to come out as they are. Take that out of the model's forward, merge adapters, or name the layer "
                 'whose output the model returns: convert_model(model, classifier="dotted.name").'

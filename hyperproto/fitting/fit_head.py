@@ -102,17 +102,22 @@ def fit_head(model: nn.Module, loader: Iterable[Any], *, process_group: ProcessG
     rows, labels = sample.draw()
     batches = list(zip(torch.split(rows, ACCURACY_CHUNK), torch.split(labels, ACCURACY_CHUNK), strict=True))
 
-    def write(starts: list[_Start]) -> HeadFit:
-        for head, start in zip(heads, starts, strict=True):
-            start.write_into(head)
+    def report() -> HeadFit:
         return report_fit(heads[0], statistics[0], num_samples, batches, process_group=process_group)
 
     starts = _fit_all(heads, statistics, shrunk=True)
     if not (has_layers(heads[0].projection) and statistics[0].shrinking_hides_most()):
-        return write(starts)
+        _write(heads, starts)
+        return report()
     others = _fit_all(heads, statistics, shrunk=False)
-    fit, other = write(starts), write(others)
-    return other if other.accuracy > fit.accuracy else write(starts)
+    _write(heads, starts)
+    fit = report()
+    _write(heads, others)
+    other = report()
+    if other.accuracy > fit.accuracy:
+        return other
+    _write(heads, starts)
+    return fit
 
 
 @dataclass(frozen=True)
@@ -122,9 +127,11 @@ class _Start:
     assignment: Tensor
     projection: dict[str, Tensor]
 
-    def write_into(self, head: HypersphericalHead) -> None:
-        head.projection.load_state_dict(self.projection)
-        head.assign_(self.assignment.to(head.assignment.device))
+
+def _write(heads: tuple[HypersphericalHead, ...], starts: list[_Start]) -> None:
+    for head, start in zip(heads, starts, strict=True):
+        head.projection.load_state_dict(start.projection)
+        head.assign_(start.assignment.to(head.assignment.device))
 
 
 def _fit_all(

@@ -25,11 +25,10 @@ def check_bank(bank: PrototypeBank | Tensor) -> None:
         AssertionError: prototypes must differ: rows 0 and 2 are equal
     """
     prototypes = getattr(bank, "prototypes", None) if isinstance(bank, nn.Module) else bank
-    require(
-        isinstance(prototypes, Tensor),
-        f"expected a PrototypeBank or prototypes as a tensor of shape (P, D), got {type(bank).__name__}",
-    )
-    assert isinstance(prototypes, Tensor)  # what mypy cannot read in the line above
+    if not isinstance(prototypes, Tensor):
+        raise AssertionError(
+            f"expected a PrototypeBank or prototypes as a tensor of shape (P, D), got {type(bank).__name__}"
+        )
     _check_matrix(prototypes)
     if isinstance(bank, nn.Module):
         _check_module(bank, prototypes)
