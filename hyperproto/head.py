@@ -152,7 +152,7 @@ class HypersphericalHead(Codebook):
             self.assign_(torch.arange(self.num_classes, device=self.assignment.device))
         self.logit_scale.fill_(self.initial_logit_scale)
 
-    def like(self, bank: PrototypeBank, *, logit_scale: float) -> "HypersphericalHead":
+    def like(self, bank: PrototypeBank, *, logit_scale: float | None) -> "HypersphericalHead":
         """A fresh head of the same kind and options on another bank, with projection "linear+bn"."""
         return type(self)(
             self.in_features,

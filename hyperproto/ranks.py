@@ -54,6 +54,26 @@ def add_up_ranks(tensors: list[Tensor], device: torch.device, *, process_group: 
         tensor.copy_(part.view_as(tensor))
 
 
+def gather_rows(rows: Tensor, device: torch.device, *, process_group: ProcessGroup | None = None) -> Tensor:
+    """The rows (N, ...) of all ranks, as many as each has, one rank's behind the other's.
+
+    Args:
+        rows: of one width and dtype on all ranks.
+        device: where the collectives take place; the rows may lie elsewhere.
+        process_group: the ranks.
+    """
+    if not has_ranks(process_group):
+        return rows
+    rank = dist.get_rank(process_group)
+    sizes = torch.zeros(dist.get_world_size(process_group), dtype=torch.int64, device=rows.device)
+    sizes[rank] = len(rows)
+    add_up_ranks([sizes], device, process_group=process_group)
+    gathered, start = rows.new_zeros(int(sizes.sum()), *rows.shape[1:]), int(sizes[:rank].sum())
+    gathered[start : start + len(rows)] = rows
+    add_up_ranks([gathered], device, process_group=process_group)
+    return gathered
+
+
 def share_buffers_(model: nn.Module, *, process_group: ProcessGroup | None = None) -> None:
     """Copy the first rank's buffers to all ranks, in place.
 

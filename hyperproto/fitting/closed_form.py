@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hyperproto.affine import affine_state
 from hyperproto.fitting.statistics import ClassScatter
 from hyperproto.matching.problem import place_unseen
 from hyperproto.matching.procrustes import align
@@ -44,25 +43,6 @@ def match_classes(scatter: ClassScatter, prototypes: Tensor, current: Tensor) ->
         if apart.similarity >= (1.0 - SMALLEST_SHARE) * best.similarity:
             matched = torch.nonzero(free).flatten()[apart.assignment]
     return place_unseen(current, scatter.labels, matched, len(prototypes))
-
-
-def least_squares(
-    projection: nn.Module, scatter: ClassScatter, targets: Tensor, *, intercept: bool
-) -> dict[str, Tensor]:
-    """The `state_dict` with which a projection brings features nearest to the targets (C, D) of their labels.
-
-    See `regress`. Batch norm keeps its running statistics.
-    """
-    seen = targets[scatter.labels]
-    return affine_state(
-        projection,
-        regress(scatter, seen, intercept=intercept),
-        seen.mean(dim=0),
-        centre=scatter.centre,
-        mean=scatter.centre,
-        covariance=scatter.balanced,
-        keep_statistics=True,
-    )
 
 
 def regress(scatter: ClassScatter, targets: Tensor, *, intercept: bool) -> Tensor:
