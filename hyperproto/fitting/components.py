@@ -21,7 +21,7 @@ def principal_components(to_logits: Tensor, scatter: ClassScatter, dim: int, coo
         to_logits: (C, F) float64, the classifier's weights.
         scatter: of the features.
         dim: D, at most C.
-        coordinates: about the mean of the samples.
+        coordinates: of the features.
 
     Returns:
         Its projection standardises the components, and the products of its vectors with what is projected are the
@@ -32,5 +32,7 @@ def principal_components(to_logits: Tensor, scatter: ClassScatter, dim: int, coo
     deviations = variances.flip(0)[:dim].clamp_min(0.0).sqrt()
     divisors = deviations.clamp_min(SMALLEST_DEVIATION * float(deviations.max()))
     matrix = leading.T @ to_logits / (coordinates.inverse_spread * divisors[:, None])  # (D, F)
-    parts = (matrix, torch.zeros_like(deviations), leading * deviations)
-    return UnitHead(coordinates, *(part.float().contiguous().to(coordinates.centre.device) for part in parts))
+    offset = leading.T @ (to_logits @ (coordinates.centre.cpu().double() - scatter.sample_mean)) / divisors
+    parts = (matrix, offset, leading * deviations)
+    matrix, offset, vectors = (part.float().contiguous().to(coordinates.centre.device) for part in parts)
+    return UnitHead(coordinates, matrix, offset, vectors)

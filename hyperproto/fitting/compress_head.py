@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,8 @@ from hyperproto.fitting.components import principal_components
 from hyperproto.fitting.data import FitOptions, HeldFeatures
 from hyperproto.fitting.hand_over import start_with_free_vectors
 from hyperproto.fitting.report import HeadFit
-from hyperproto.fitting.unit_fit import Task, fit_unit_head
+from hyperproto.fitting.unit_fit import Fit, Task, fit_unit_head
+from hyperproto.fitting.unit_head import Coordinates, UnitHead
 from hyperproto.head import HypersphericalHead
 from hyperproto.heads import get_heads, require_heads
 from hyperproto.ranks import ProcessGroup, check_member
@@ -82,44 +83,51 @@ def compress_head(
         >>> compress_head(model, (features, labels), dim=2).accuracy, model[0].dim
         (1.0, 2)
     """
-    heads = require_heads(model)
-    (name, old), *others = get_heads(model).items()
+    name, old = only_head(model, verb="compress_head")
     options = FitOptions.checked(scale, iterations, class_counts, old.num_classes)
     dim = whole_number(dim, "dim", smallest=2, largest=old.num_classes)
     check_member(process_group)
-    check_unwrapped(model, name, verb="compress_head")
-    check_replaceable(old, name, [other for other, _ in others])
-    features = HeldFeatures(model, heads, loader, process_group=process_group)
-    return fit_class_vectors(model, name, features, dim, options, keep_scale=False)
+    features = HeldFeatures(model, (old,), loader, process_group=process_group)
+    matrix, _ = affine(old.projection, old.in_features)
+    to_logits = old.class_prototypes.cpu().double() @ matrix  # (C, F)
+    present = partial(principal_components, to_logits, features.scatters[0], dim)
+    fit = fit_class_vectors(features, dim, present, options)
+    return put_in(model, name, fit, features)
 
 
 def fit_class_vectors(
-    model: nn.Module, name: str, features: HeldFeatures, dim: int, options: FitOptions, *, keep_scale: bool
-) -> HeadFit:
-    """Put a head whose bank are class vectors fitted to the features in the place of the model's only one."""
-    old, scatter = get_heads(model)[name], features.scatters[0]
-    matrix, _ = affine(old.projection, old.in_features)
-    to_logits = old.class_prototypes.cpu().double() @ matrix  # (C, F)
-    task = Task(
-        index=0,
-        rank=dim,
-        present=partial(principal_components, to_logits, scatter, dim),
-        start=partial(start_with_free_vectors, dim=dim, seen=scatter.labels),
-        fixed_vectors=False,
-        intercept=True,
-    )
-    fit = fit_unit_head(features, task, options)
-    head = old.like(PrototypeBank.from_tensor(fit.head.vectors), logit_scale=None if keep_scale else fit.logit_scale)
-    head.projection.load_state_dict(fit.head.state_of(head.projection, scatter, keep_statistics=False))
+    features: HeldFeatures, dim: int, present: Callable[[Coordinates], UnitHead], options: FitOptions
+) -> Fit:
+    """Projection and class vectors of D dimensions for the features that reach a model's only head."""
+    start = partial(start_with_free_vectors, dim=dim, seen=features.scatters[0].labels)
+    task = Task(index=0, rank=dim, present=present, start=start, stand_in=None, fixed_vectors=False, intercept=True)
+    return fit_unit_head(features, task, options)
+
+
+def put_in(model: nn.Module, name: str, fit: Fit, features: HeldFeatures) -> HeadFit:
+    """Put a head whose bank are the class vectors of a fit in the place of the one of this name."""
+    head = get_heads(model)[name].like(PrototypeBank.from_tensor(fit.head.vectors), logit_scale=fit.logit_scale)
+    state = fit.head.state_of(head.projection, features.scatters[0], keep_statistics=False)
+    head.projection.load_state_dict(state)
     replace_head(model, name, head)
     return features.report(head, fit.held_out)
 
 
-def check_replaceable(head: HypersphericalHead, name: str, others: list[str]) -> None:
-    """Raise ArgumentError unless a head of class vectors can take this one's place."""
+def only_head(model: nn.Module, *, verb: str) -> tuple[str, HypersphericalHead]:
+    """Name and head of a model whose only head one of class vectors can take the place of.
+
+    Raises:
+        HeadNotFoundError: there is none, or the model is wrapped.
+        ArgumentError: a bare head, several, or one with another projection than "linear+bn".
+    """
+    require_heads(model)
+    (name, head), *others = get_heads(model).items()
+    check_unwrapped(model, name, verb=verb)
     if not name:
         raise ArgumentError("a bare head cannot be replaced in place: pass the model that has it.")
     if others:
-        raise ArgumentError(f"expected a model with one head, got {1 + len(others)}, at {', '.join([name, *others])}.")
+        names = ", ".join([name, *(other for other, _ in others)])
+        raise ArgumentError(f"expected a model with one head, got {1 + len(others)}, at {names}.")
     if layers_of(head.projection).batch_norm is None:
         raise ArgumentError('expected a head with projection="linear+bn": the new one has it, and starts from the old.')
+    return name, head

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hyperproto.affine import layers_of
 from hyperproto.errors import ArgumentError
+from hyperproto.fitting.closed_form import least_squares
 from hyperproto.fitting.data import FitOptions, HeldFeatures
 from hyperproto.fitting.hand_over import start_with_prototypes
 from hyperproto.fitting.report import HeadFit
@@ -52,10 +53,11 @@ def refit_head(
     that there is nothing to overfit. On a simplex the head ranks as that classifier does. Both by L-BFGS, which has no
     learning rate and draws nothing: the same data, the same head, in whatever order they come.
 
-    Penalty and scale are those that do best on a tenth of each class that is held out meanwhile (none of classes of
-    fewer than six samples; equal samples stay together). Where these do better than with the present head, likelier
-    and no fewer right, the fit is made once more with them; else the head stays as it is. The report says which.
-    Data that the backbone was trained on say less than others would.
+    The penalty is the one that does best on a tenth of each class that is held out meanwhile (none of classes of fewer
+    than six samples; equal samples stay together). Where these do better than with the present head, likelier and no
+    fewer right, the fit is made once more with them; else the head stays as it is. Least squares in closed form stand
+    in for a present head that must have been fitted to them. The report says all this. Samples that the backbone was
+    trained on say less than others would.
 
     Memory: all features, 4 N F bytes, and 40 copies of a projection, where the head is. Modes, hooks, gradients and
     the global generator are as before afterwards; batch norm keeps its running statistics. Several heads in one model
@@ -65,8 +67,8 @@ def refit_head(
     Args:
         model: a converted model, bare or wrapped, or a head (whose inputs the batches are then).
         loader: as for `fit_head`, with labels, not soft targets: the training data, without augmentation.
-        scale: s > 0, of the cosines, and the heads' `logit_scale` afterwards. None: s is chosen, and `logit_scale` is
-            the one at which held-out samples are likeliest.
+        scale: s > 0, of the cosines, and the heads' `logit_scale` afterwards. None: s is 8, and `logit_scale` is the
+            one at which held-out samples are likeliest.
         iterations: at most so many of L-BFGS for each penalty, at least 1; each costs one or two passes over the
             features.
         class_counts: (C,) samples of each class, to predict labels as if they were equally frequent, from samples that
@@ -125,6 +127,7 @@ def _fit(head: HypersphericalHead, features: HeldFeatures, index: int, options: 
         rank=min(head.dim, head.num_classes),
         present=partial(UnitHead.of_projection, head.projection, prototypes),
         start=partial(start_with_prototypes, class_prototypes=prototypes, intercept=intercept),
+        stand_in=partial(least_squares, class_prototypes=prototypes, intercept=intercept),
         fixed_vectors=True,
         intercept=intercept,
     )

@@ -27,7 +27,6 @@ class HeldOut:
         log_loss_before: mean of the negative log-likelihood, at the scale that suits it best.
         log_loss: likewise.
         penalty: of lengths, chosen for the classifier whose answers were handed on.
-        scale: of the cosines while they were handed on, chosen or given.
         was_seen: whether what there was must have been fitted to these samples: then they say nothing of it.
         is_better: whether the fit is better, or what there was cannot be told to be; it was then made once more with
             these samples, and taken.
@@ -39,7 +38,6 @@ class HeldOut:
     log_loss_before: float
     log_loss: float
     penalty: float
-    scale: float
     was_seen: bool
     is_better: bool
 

@@ -92,7 +92,7 @@ def find_teacher(
 def refined(
     teacher: Teacher, fit: Samples, log_prior: Tensor, *, iterations: int, smallest_gain: float = FINAL_GAIN
 ) -> Teacher:
-    """The same fitted further, with its penalty."""
+    """The same fitted further, with its penalty; as it was where that leads to what is not finite."""
     parameters = [each.clone().requires_grad_(True) for each in (teacher.vectors, teacher.matrix, teacher.bias)]
     fitted = replace(teacher, vectors=parameters[0], matrix=parameters[1], bias=parameters[2])
     for _ in fit.descend(
@@ -104,6 +104,8 @@ def refined(
         smallest_gain=smallest_gain,
     ):
         pass
+    if not all(bool(each.isfinite().all()) for each in parameters):
+        return teacher
     vectors, matrix, bias = (each.detach() for each in parameters)
     return replace(fitted, vectors=vectors, matrix=matrix, bias=bias)
 

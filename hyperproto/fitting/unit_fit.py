@@ -10,11 +10,15 @@ import torch
 
 from hyperproto.errors import ArgumentError
 from hyperproto.fitting.data import FitOptions, HeldFeatures
-from hyperproto.fitting.hand_over import BLIND_SCALE, MOST_ITERATIONS, SCALES, SEARCH_ITERATIONS, hand_over
+from hyperproto.fitting.hand_over import MOST_ITERATIONS, SCALE, hand_over
 from hyperproto.fitting.lbfgs import Samples
 from hyperproto.fitting.report import HeldOut
 from hyperproto.fitting.teacher import Teacher, find_teacher, first_teacher, refined
-from hyperproto.fitting.unit_head import Coordinates, UnitHead, score
+from hyperproto.fitting.temperature import SCALE_BOUNDS
+from hyperproto.fitting.unit_head import Coordinates, Score, UnitHead, score
+
+#: What any head is better than.
+NOTHING = Score(accuracy=0.0, log_loss=math.inf, scale=1.0)
 
 #: Apart by less than so many standard errors, accuracies do not differ.
 STANDARD_ERRORS = 3.0
@@ -29,6 +33,7 @@ class Task:
         rank: of the teacher.
         present: what there is already, in coordinates.
         start: where a head starts from that is to give a teacher's answers.
+        stand_in: a closed form that is judged in the place of what there is, where this was fitted to the judges.
         fixed_vectors: whether its class vectors stay as they are.
         intercept: whether its projection has a free one.
     """
@@ -37,6 +42,7 @@ class Task:
     rank: int
     present: Callable[[Coordinates], UnitHead]
     start: Callable[[Teacher], UnitHead]
+    stand_in: Callable[[Samples, Coordinates], UnitHead] | None
     fixed_vectors: bool
     intercept: bool
 
@@ -64,7 +70,7 @@ class Fit:
 def fit_unit_head(features: HeldFeatures, task: Task, options: FitOptions) -> Fit:
     """A head that gives a teacher's answers, or the present one where these are no better on held-out samples.
 
-    Penalty and scale are chosen on the held-out samples. The fit is then made once more with them.
+    Penalty and `logit_scale` are chosen on the held-out samples. The fit is then made once more with them.
 
     Args:
         features: that reach the heads.
@@ -79,7 +85,7 @@ def fit_unit_head(features: HeldFeatures, task: Task, options: FitOptions) -> Fi
     fitted_to, everything = (part(task.index, classes_alike=alike) for part in (features.fitted_to, features.all))
     held_out = features.held_out(task.index)
     num_classes, device = len(fitted_to.weights), fitted_to.weights.device
-    coordinates = Coordinates.of_samples(features.scatters[task.index], device, centred=task.intercept)
+    coordinates = Coordinates.of_samples(features.scatters[task.index], everything, centred=task.intercept)
     prior = torch.zeros(num_classes, device=device) if log_prior is None else log_prior.to(device)
     before = task.present(coordinates)
     if not math.isfinite(score(before, everything).log_loss):
@@ -88,14 +94,14 @@ def fit_unit_head(features: HeldFeatures, task: Task, options: FitOptions) -> Fi
             "them, or normalise in front of the head."
         )
 
-    def pupil(teacher: Teacher, samples: Samples, scale: float, most: int) -> UnitHead:
+    def pupil(teacher: Teacher, samples: Samples) -> UnitHead:
         return hand_over(
             teacher,
             task.start(teacher),
             samples,
             prior,
-            scale=scale,
-            iterations=min(iterations, most),
+            scale=SCALE if scale is None else scale,
+            iterations=min(iterations, MOST_ITERATIONS),
             fixed_vectors=task.fixed_vectors,
             intercept=task.intercept,
         )
@@ -103,15 +109,15 @@ def fit_unit_head(features: HeldFeatures, task: Task, options: FitOptions) -> Fi
     first = first_teacher(coordinates, fitted_to, num_classes, task.rank)
     teacher = find_teacher(first, fitted_to, held_out, prior, iterations=iterations)
     if held_out is None:
-        chosen = BLIND_SCALE if scale is None else scale
-        return Fit(pupil(teacher, fitted_to, chosen, MOST_ITERATIONS), chosen, None)
-    scales = SCALES if scale is None else (scale,)
-    found = {each: score(pupil(teacher, fitted_to, each, SEARCH_ITERATIONS), held_out) for each in scales}
-    chosen = min(found, key=lambda each: found[each].log_loss)
-    final = pupil(refined(teacher, everything, prior, iterations=iterations), everything, chosen, MOST_ITERATIONS)
-    present, unseen, seen = score(before, held_out), found[chosen], score(final, held_out)
+        return Fit(pupil(teacher, fitted_to), SCALE if scale is None else scale, None)
+    present, unseen = score(before, held_out), score(pupil(teacher, fitted_to), held_out)
+    final = pupil(refined(teacher, everything, prior, iterations=iterations), everything)
+    seen = score(final, held_out)
     num_samples = features.num_held_out(task.index)
     was_seen = has_seen(present.accuracy, unseen.accuracy, seen.accuracy, num_samples)
+    rival = present
+    if was_seen:
+        rival = NOTHING if task.stand_in is None else score(task.stand_in(fitted_to, coordinates), held_out)
     report = HeldOut(
         num_samples=num_samples,
         accuracy_before=present.accuracy,
@@ -119,13 +125,13 @@ def fit_unit_head(features: HeldFeatures, task: Task, options: FitOptions) -> Fi
         log_loss_before=present.log_loss,
         log_loss=unseen.log_loss,
         penalty=teacher.penalty,
-        scale=chosen,
         was_seen=was_seen,
-        is_better=was_seen or unseen.is_better_than(present),
+        is_better=math.isfinite(seen.log_loss) and unseen.is_better_than(rival),
     )
-    if not report.is_better:
-        return Fit(before, present.scale, report)
-    return Fit(final, unseen.scale if scale is None else scale, report)
+    head, reached = (final, unseen) if report.is_better else (before, present)
+    if scale is None:
+        scale = SCALE if reached.scale in SCALE_BOUNDS else reached.scale  # at a bound nothing speaks for any
+    return Fit(head, scale, report)
 
 
 def has_seen(present: float, unseen: float, seen: float, num_samples: int) -> bool:

@@ -22,7 +22,7 @@ class Coordinates:
     """Features about a centre, with a mean squared length of F.
 
     Attributes:
-        centre: (F,) float32, the mean of the samples, or zero.
+        centre: (F,) float32, the mean of the class means, or zero.
         inverse_spread: what offsets from it are multiplied by.
     """
 
@@ -30,12 +30,21 @@ class Coordinates:
     inverse_spread: float
 
     @classmethod
-    def of_samples(cls, scatter: ClassScatter, device: torch.device, *, centred: bool) -> Coordinates:
-        """Those of these samples; not centred where a projection has no intercept to make up for it."""
-        mean = scatter.sample_mean
-        moment = float(scatter.sample_covariance.trace()) + (0.0 if centred else float(mean.square().sum()))
-        centre = (mean if centred else torch.zeros_like(mean)).float().to(device)
-        return cls(centre, math.sqrt(len(mean) / moment))
+    def of_samples(cls, scatter: ClassScatter, samples: Samples, *, centred: bool) -> Coordinates:
+        """Those of samples as they count; not centred where a projection has no intercept to make up for it.
+
+        Args:
+            scatter: of the samples.
+            samples: they themselves.
+            centred: whether the centre is the mean of the class means, or zero.
+        """
+        mean = scatter.centre
+        centre = (mean if centred else torch.zeros_like(mean)).float().to(samples.weights.device)
+        # Of about this size, so that no square leaves the range of float32.
+        moment = float(scatter.balanced.trace()) + (0.0 if centred else float(mean.square().sum()))
+        rough = cls(centre, math.sqrt(len(mean) / moment))
+        mean_square = samples.mean(lambda features, labels: rough.of(features).square().mean(dim=1))
+        return cls(centre, rough.inverse_spread / math.sqrt(mean_square) if mean_square > 0.0 else rough.inverse_spread)
 
     def of(self, features: Tensor) -> Tensor:
         """(N, F) -> (N, F)."""
@@ -123,6 +132,8 @@ def score(head: UnitHead, samples: Samples) -> Score:
         slopes.add(cosines, labels, weights)
         correct += float(((cosines.argmax(dim=1) == labels) * weights).sum())
     samples.add_up([*slopes.tensors(), correct])
+    if not bool(slopes.slopes.isfinite().all()):
+        return Score(float(correct), math.inf, 1.0)
     scale = slopes.best_scale()
 
     def loss(features: Tensor, labels: Tensor) -> Tensor:
