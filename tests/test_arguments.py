@@ -20,9 +20,13 @@ from hyperproto import (
     LongTailLoss,
     PrototypeBank,
     PrototypeCrossEntropyLoss,
+    compress_head,
     convert_model,
     describe,
+    fit_head,
+    fit_logit_scale,
     functional,
+    refit_head,
     restore_model,
     to_linear,
 )
@@ -114,6 +118,10 @@ def test_labels_to_forget_of_any_type(write):
     assert assigner.head.assignment.tolist() == [1, 0, 2, 3]
 
 
+def samples() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(40, 8, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 4
+
+
 CALLS = {
     "in_features": lambda value: HypersphericalHead(value, 4, dim=3),
     "num_classes": lambda value: HypersphericalHead(8, value, dim=3),
@@ -165,6 +173,32 @@ CALLS = {
     "restore_model": restore_model,
     "to_linear": to_linear,
     "convert_model": convert_model,
+    "loader to fit to": lambda value: fit_head(make_head(), value),
+    "bank to fit": lambda value: fit_head(
+        nn.Sequential(make_head()), samples(), bank=value if value is not None else "simplex"
+    ),
+    "loader to refit to": lambda value: refit_head(make_head(), value),
+    "scale to refit with": lambda value: refit_head(make_head(), samples(), scale=value if value is not None else -1.0),
+    "iterations": lambda value: refit_head(make_head(), samples(), iterations=value),
+    "class counts to refit with": lambda value: refit_head(
+        make_head(), samples(), class_counts=value if value is not None else "4"
+    ),
+    "loader to compress with": lambda value: compress_head(nn.Sequential(make_head()), value, dim=2),
+    "dim to compress to": lambda value: compress_head(nn.Sequential(make_head()), samples(), dim=value),
+    "scale to compress with": lambda value: compress_head(
+        nn.Sequential(make_head()), samples(), dim=2, scale=value if value is not None else 0.0
+    ),
+    "iterations to compress with": lambda value: compress_head(
+        nn.Sequential(make_head()), samples(), dim=2, iterations=value
+    ),
+    "class counts to compress with": lambda value: compress_head(
+        nn.Sequential(make_head()), samples(), dim=2, class_counts=value if value is not None else "4"
+    ),
+    "loader to fit the scale to": lambda value: fit_logit_scale(make_head(), value),
+    "model to fit": lambda value: fit_head(value, samples()),
+    "model to refit": lambda value: refit_head(value, samples()),
+    "model to compress": lambda value: compress_head(value, samples(), dim=2),
+    "model to fit the scale of": lambda value: fit_logit_scale(value, samples()),
     "converted seed": lambda value: convert_model(nn.Sequential(nn.Linear(8, 4)), classifier="0", seed=value),
 }
 
