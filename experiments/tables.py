@@ -5,6 +5,7 @@
 Every figure is of the last epoch; n runs with other seeds give mean and standard deviation, and one run stands alone.
 """
 
+import json
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
@@ -38,6 +39,20 @@ SHORT = {
         ("ETF + dot regression [2]", 100, "simplex from the first step on, dot regression"),
     ),
 }
+
+#: Columns of the tables of frozen features, by the names in their lines.
+FROZEN = (
+    "softmax",
+    "softmax of rank D",
+    "class vectors",
+    "fit_head",
+    "fit_head, then refit_head",
+    "warm start from softmax",
+    "softmax's logits cut to D components",
+    "three lines",
+    "three lines from fit_head",
+    "three lines from class vectors",
+)
 
 #: Column of the tables, key of the result lines.
 FIGURES = {
@@ -99,6 +114,46 @@ def short_table(suite: str) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
+def frozen_lines() -> list[dict[str, Any]]:
+    """Result lines of frozen.py."""
+    path = Path(__file__).parent / "results/frozen.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def frozen_table(key: str, methods: tuple[str, ...]) -> str:
+    """A figure of heads on frozen features: one row for each number of images and dimension, one column a method."""
+    lines = frozen_lines()
+    rows = [["D", "images a class", "n", *methods], ["---"] * (3 + len(methods))]
+    for images in sorted({line["images"] for line in lines}):
+        for dim in sorted({line["dim"] for line in lines}, reverse=True):
+            cells = {
+                method: [
+                    line for line in lines if [line[k] for k in ("images", "dim", "method")] == [images, dim, method]
+                ]
+                for method in methods
+            }
+            number = max(len(found) for found in cells.values())
+            if number:
+                values = (shown(found, key) if len(found) == number else "-" for found in cells.values())
+                rows.append([str(dim), str(images), str(number), *values])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def differences(method: str, key: str) -> str:
+    """Mean difference of a method to what `key` says, with its standard error, for each number of images and D."""
+    lines = [line for line in frozen_lines() if line["method"] == method]
+    rows = [["D", "images a class", "n", "difference", "standard error"], ["---"] * 5]
+    for images in sorted({line["images"] for line in lines}):
+        for dim in sorted({line["dim"] for line in lines}, reverse=True):
+            pairs = [line[key] for line in lines if (line["images"], line["dim"]) == (images, dim)]
+            if pairs:
+                # The test images are the same for all seeds: their errors do not average out.
+                error = mean(error for _, error in pairs)
+                cells = (dim, images, len(pairs), f"{mean(gap for gap, _ in pairs):+.1f}", f"{error:.1f}")
+                rows.append([str(cell) for cell in cells])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
 def put(path: Path, mark: str, text: str) -> None:
     """Replace what stands in a file between a mark and the next `<!-- end -->`."""
     before, rest = path.read_text().split(f"<!-- {mark} -->\n")
@@ -109,6 +164,10 @@ def main() -> None:
     """Put the table of each suite that has results between its marks, and the short ones."""
     for suite in filter(cifar100.results_of, cifar100.METHODS):
         put(PAGE, suite, table(suite))
+    put(PAGE, "frozen", frozen_table("top1", FROZEN))
+    put(PAGE, "frozen calibration", frozen_table("calibration_error", FROZEN[:5]))
+    put(PAGE, "frozen peer", differences("class vectors", "minus_peer"))
+    put(PAGE, "frozen full", differences("class vectors", "minus_full"))
     for suite in SHORT:
         put(README, suite, short_table(suite))
 
