@@ -205,7 +205,7 @@ class DynamicAssigner(RunningMeans):
         """
         started = time.perf_counter()
         head = self.head
-        head.check_in_use()
+        head.placement.check(head)
         self._oversights.check_source(head)
         combined, total = self._combine_ranks(head.assignment.device)
         means, prototypes, before = combined.cpu(), head.bank.prototypes.cpu(), head.assignment.cpu().clone()

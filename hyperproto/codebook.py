@@ -11,8 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from hyperproto.arguments import as_tensor, choice, matrix, positive_number, whole_number
 from hyperproto.bank import PrototypeBank, has_values
 from hyperproto.checkpoint import check_format, format_version, stamp_format_
-from hyperproto.errors import AssignmentError, BankError, HeadNotFoundError, ShapeError
+from hyperproto.errors import AssignmentError, BankError, ShapeError
 from hyperproto.matching.problem import check_assignment
+from hyperproto.placement import Placement
 from hyperproto.precision import keeping_dtype
 from hyperproto.readout import Readout, choose_anchors
 from hyperproto.separation import default_logit_scale
@@ -44,7 +45,7 @@ class Codebook(nn.Module):
             recovers embeddings from the cosines with them. They follow from bank and assignment and are in no
             checkpoint; None where embeddings are returned in training, which has no need of either.
         format_version: () int64 buffer, of the checkpoint's format.
-        retired: whether something took the head out of its model.
+        placement: where in its model it is, or that something took it out.
 
     Raises:
         ArgumentError: an option outside its range.
@@ -85,8 +86,7 @@ class Codebook(nn.Module):
         self.num_classes = num_classes
         self.dim = bank.dim
         self.training_output = training_output
-        # Set by what takes the head out of its model.
-        self.retired = False
+        self.placement = Placement()
         # The tensor, and how often it had been written, whose values `_check_written_assignment` saw last;
         # None for a copy of values that it has not seen.
         self._checked: tuple[int, int] | None = (0, 0)
@@ -136,7 +136,7 @@ class Codebook(nn.Module):
             ShapeError: neither, by its shape.
             ArgumentError: neither, by its values; on the CPU only.
         """
-        self.check_in_use()
+        self.placement.check(self)
         if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] not in (self.num_classes, self.dim):
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ShapeError(
@@ -221,19 +221,6 @@ class Codebook(nn.Module):
             best, order = best.topk(min(k, best.shape[1]), dim=1)
             labels = labels.gather(1, order)
         return best, labels
-
-    def check_in_use(self) -> None:
-        """Raise if the head was taken out of its model: what is bound to it would learn nothing from then on.
-
-        Raises:
-            HeadNotFoundError: it was.
-        """
-        if self.retired:
-            raise HeadNotFoundError(
-                "this HypersphericalHead is no longer part of its model: restore_model, to_linear, compress_head or "
-                "the model's reset_classifier took it out. If the model has no other one, call "
-                "hyperproto.convert_model(model, ...) again; then make a new assigner, criterion and optimizer."
-            )
 
     def check_checkpoint(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Raise unless this head can load what a `state_dict` holds for it under a prefix; changes nothing.

@@ -20,9 +20,6 @@ def build_projection(projection: Projection, in_features: int, dim: int, *, seed
 
     The linear map has no bias, so that scaling the features changes no direction. Batch norm centres the embeddings:
     pooled features behind a ReLU are non-negative, and prototypes point everywhere.
-
-    timm's `model_parameters(model, exclude_head=True)`, for adaptive gradient clipping, leaves out a model's last two
-    parameters, whatever they are: here those of the batch norm, and for "linear" its weight and one of the backbone.
     """
     if projection == "none":
         return nn.Identity()

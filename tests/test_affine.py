@@ -199,7 +199,7 @@ def test_folding_refuses_and_leaves_the_model_as_it_was(kind):
     with pytest.raises(ArgumentError):
         to_linear(model)
     assert model[0] is head
-    head.check_in_use()
+    head.placement.check(head)
 
 
 @pytest.mark.parametrize("kind", [*ASKED, *REFUSED])

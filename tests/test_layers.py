@@ -33,6 +33,7 @@ LAYERS = [
     "projection",
     "affine",
     "readout",
+    "placement",
     "codebook",
     "head",
     "heads",

@@ -12,7 +12,7 @@ from hyperproto.bank import PrototypeBank
 from hyperproto.codebook import TrainingOutput
 from hyperproto.conversion.channels import ChannelsFirstHead
 from hyperproto.conversion.describe import describe
-from hyperproto.conversion.loading import check_before_loading
+from hyperproto.conversion.loading import guard_loading
 from hyperproto.conversion.locate import (
     Leaf,
     check_unwrapped,
@@ -130,7 +130,7 @@ def convert_model(
         record.requires_grad = before.changed_flags()
         earlier = model.__dict__.get(RECORD)
         if earlier is None:
-            record.load_check = check_before_loading(model)
+            record.load_check = guard_loading(model)
         else:
             record.add_earlier(earlier)
         model.__dict__[RECORD] = record

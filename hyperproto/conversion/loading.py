@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from hyperproto.heads import get_heads
 
 
-def check_before_loading(model: nn.Module) -> RemovableHandle:
+def guard_loading(model: nn.Module) -> RemovableHandle:
     """Let `load_state_dict` of the model, also from within a wrapper, ask every head before it copies anything.
 
     A head that refuses a checkpoint by itself does so when the layers before it are loaded already.
