@@ -142,8 +142,8 @@ class HypersphericalHead(Codebook):
         if self.training and self.training_output == "embedding":
             return embeddings
         if not torch.jit.is_scripting():
-            self._check_written_assignment()
-        return assigned_cosines(embeddings, self.bank.prototypes, self.assignment) * self.logit_scale
+            self._look()
+        return assigned_cosines(embeddings, self.bank(), self.assignment) * self.logit_scale
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -106,6 +106,12 @@ class RowBatchNorm(nn.BatchNorm1d):
             self.momentum,
             self.eps,
         )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, own in (*self.named_parameters(), *self.named_buffers()):
+            if prefix + name in state_dict:  # assign=True takes the dtype that comes
+                state_dict[prefix + name] = state_dict[prefix + name].to(own.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RowBatchNorm":
         return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
