@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hyperproto.arguments import SMALLEST_INT, choice, places, whole_number
 from hyperproto.assignment_step import AssignmentStep, packed_labels
 from hyperproto.class_means import check_finite
-from hyperproto.errors import ArgumentError, LabelError
+from hyperproto.errors import ArgumentError, AssignmentError, LabelError
 from hyperproto.head import HypersphericalHead
 from hyperproto.heads import require_heads
 from hyperproto.matching.problem import total_similarity
@@ -219,6 +219,8 @@ class DynamicAssigner(RunningMeans):
         with agreement(device, advice=ADVICE, process_group=group) as facts:
             head.placement.check(head)
             self._oversights.check_source(head)
+            if head.assignment.is_meta:
+                raise AssignmentError("expected a model to step, got one without values. Load a checkpoint first.")
             # A rank without a batch has not followed the model yet, and NCCL takes no tensor of the CPU.
             self._follow_device(device)
             facts.update(self._facts())

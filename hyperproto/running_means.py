@@ -290,5 +290,5 @@ def _values_lost(before: Tensor, after: Tensor) -> bool:
         return False
     if before.is_meta:
         return True
-    moved = before.to(after)
-    return not bool(((moved == after) | (moved.isnan() & after.isnan())).all())
+    before, after = before.cpu(), after.cpu()
+    return not bool(((before == after) | (before.isnan() & after.isnan())).all())

@@ -208,3 +208,19 @@ def test_a_blend_of_two_permutations_is_never_one():
         get_ema_multi_avg_fn(decay)([head.assignment], [after], 1)
         with pytest.raises(AssignmentError, match="written from outside"):
             head(torch.randn(1, 2))
+
+
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_a_module_that_holds_its_assigner_is_averaged_with_its_buffers(momentum):
+    model = small()
+    assigner = DynamicAssigner(model, momentum=momentum)
+    whole = nn.ModuleDict({"model": model, "criterion": BalancedLoss(assigner)})
+    averaged = AveragedModel(whole, use_buffers=True)
+    assigner.freeze()
+    for _ in range(3):
+        whole["criterion"](model(torch.randn(16, 5)), torch.arange(16) % NUM_CLASSES)
+        averaged.update_parameters(whole)
+    copied = averaged.module["criterion"].assigner
+    assert copied.head is averaged.module["model"][2]
+    assert copied.step().solver == "frozen"
+    assert int(copied.format_version) == int(assigner.format_version)

@@ -176,8 +176,10 @@ def work_alone_then_step(rank: int) -> tuple[int, dict[str, int]]:
 
 
 @needs("a CommDebugMode in which a module may be called twice", torch="2.14")
-def test_one_collective_in_step_and_none_outside():
-    assert run_on_ranks(work_alone_then_step, 2, seconds=20) == [(0, 1), (0, 1)]
+def test_the_collectives_of_a_step_and_none_outside():
+    """What ranks must agree on; sums of means and of counts; the solution, as two, and the means of the first rank."""
+    in_step = {"allgather_": 1, "allreduce_": 2, "broadcast_": 3}
+    assert run_on_ranks(work_alone_then_step, 2, seconds=20) == [(0, in_step)] * 2
 
 
 def step_in_pairs(rank: int) -> dict:
