@@ -12,17 +12,25 @@ from torch import Tensor, nn
 
 from hyperproto.arguments import SMALLEST_INT, choice, places, whole_number
 from hyperproto.assignment_step import AssignmentStep, packed_labels
-from hyperproto.errors import ArgumentError, LabelError
+from hyperproto.class_means import check_finite
+from hyperproto.errors import ArgumentError, AssignmentError, LabelError
 from hyperproto.head import HypersphericalHead
 from hyperproto.heads import require_heads
 from hyperproto.matching.problem import total_similarity
-from hyperproto.matching.solve import AssignmentMethod, solve_assignment
+from hyperproto.matching.solve import AssignmentMethod, AssignmentSolution, solve_assignment
 from hyperproto.oversights import NUM_NOTICED, Oversights, count_batch_
-from hyperproto.ranks import ProcessGroup
+from hyperproto.ranks import Fact, ProcessGroup, agreement, decided_by_first, fingerprint, share_first_
 from hyperproto.readout import Readout
-from hyperproto.running_means import RunningMeans
+from hyperproto.running_means import Combined, RunningMeans
 from hyperproto.separation import is_simplex
 from hyperproto.targets import IGNORE_INDEX, Target, check_target, has_memory, read_target
+
+#: How ranks that differ come to agree again.
+ADVICE = (
+    "Make model and assigner with the same arguments on all ranks, and call freeze, forget, assign_ and "
+    "load_state_dict on all alike. Unequal machines build unequal banks: DistributedDataParallel gives all ranks those "
+    "of rank 0, and so does loading one checkpoint."
+)
 
 
 class DynamicAssigner(RunningMeans):
@@ -105,10 +113,9 @@ class DynamicAssigner(RunningMeans):
         # Where the next matching starts from. It saves time and decides nothing: not part of the state_dict.
         prices = torch.zeros(head.bank.num_prototypes, dtype=torch.float32, device=self.class_means.device)
         self.register_buffer("prices", prices, persistent=False)
-        self.register_buffer("frozen", torch.zeros((), dtype=torch.bool, device=self.class_means.device))
+        self.register_buffer("frozen", torch.zeros((), dtype=torch.int64, device=self.class_means.device))
         noticed = torch.zeros(NUM_NOTICED, dtype=torch.int64, device=self.class_means.device)
         self.register_buffer("noticed", noticed, persistent=False)
-        self._equiangular = is_simplex(head.bank.prototypes)
 
     @property
     def head(self) -> HypersphericalHead:
@@ -139,6 +146,8 @@ class DynamicAssigner(RunningMeans):
         """
         index = places(labels, "labels", error=LabelError)
         check_target(index, len(index), self.head.num_classes)
+        if len(index):
+            self._common_means = fingerprint(f"{self._common_means} without {sorted(set(index.tolist()))}")
         for buffer in (self.class_means, self.class_sums, self.pending_counts, self.lost_counts):
             if buffer is not None:
                 buffer.index_fill_(0, index.to(buffer.device), 0.0)
@@ -204,40 +213,64 @@ class DynamicAssigner(RunningMeans):
                 state of one rank that was written over another's; the same on every rank. Means and assignment stay.
         """
         started = time.perf_counter()
-        head = self.head
-        head.placement.check(head)
-        self._oversights.check_source(head)
-        combined, total = self._combine_ranks(head.assignment.device)
-        means, prototypes, before = combined.cpu(), head.bank.prototypes.cpu(), head.assignment.cpu().clone()
-        if bool(self.frozen):
-            after, solver, optimal = before, "frozen", False
-            similarity = similarity_before = total_similarity(means, prototypes, before)
-        else:
-            solution = solve_assignment(means, prototypes, current=before, method=self.solver, prices=self.prices)
-            after, solver, optimal = solution.assignment, solution.method, solution.optimal
-            similarity, similarity_before = solution.similarity, solution.similarity_of_current
-            if solution.prices is not None:
-                self.prices.copy_(solution.prices)
+        head, group = self.head, self.process_group
+        device = head.assignment.device
+        self._group.check()
+        with agreement(device, advice=ADVICE, process_group=group) as facts:
+            head.placement.check(head)
+            self._oversights.check_source(head)
+            if head.assignment.is_meta:
+                raise AssignmentError("expected a model to step, got one without values. Load a checkpoint first.")
+            # A rank without a batch has not followed the model yet, and NCCL takes no tensor of the CPU.
+            self._follow_device(device)
+            facts.update(self._facts())
+        combined = self._combine_ranks()
+        solution = decided_by_first(lambda: self._solve(combined), device, process_group=group)
+        means, total = combined.means.clone(), combined.total.clone()
+        share_first_(means, process_group=group)
+        moved = solution.assignment != head.assignment.cpu()
+        if solution.prices is not None:
+            self.prices.copy_(solution.prices)
+        if not bool(self.frozen):
             for each in self._heads:
-                each.assign_(after.to(each.assignment.device))
-        pending = total.clone()
-        self._begin_round(combined, total)
-        moved = after != before
+                each.assign_(solution.assignment.to(each.assignment.device))
+        self._begin_round(means, total)
         record = AssignmentStep(
             changed=int(moved.sum()),
-            similarity_before=similarity_before,
-            similarity_after=similarity,
-            solver=solver,
-            optimal=optimal,
+            similarity_before=solution.similarity_of_current,
+            similarity_after=solution.similarity,
+            solver=solution.method,
+            optimal=solution.optimal,
             seconds=time.perf_counter() - started,
-            equiangular=self._equiangular,
+            equiangular=is_simplex(head.bank.prototypes),
             packed_moved=packed_labels(moved),
-            packed_unseen=packed_labels(~means.any(dim=1)),
+            packed_unseen=packed_labels(~means.any(dim=1).cpu()),
         )
         self._history.append(record)
-        self._oversights.tell(head, self.class_counts, pending, self.noticed)
+        self._oversights.tell(head, self.class_counts, total, self.noticed)
         self.noticed.zero_()
         return record
+
+    def _facts(self) -> dict[str, Fact]:
+        bank = self.head.bank
+        return {
+            "the number of labels": self.num_classes,
+            "the dimension": self.dim,
+            "the number of prototypes": bank.num_prototypes,
+            "the prototypes": bank.prototypes,
+            "the assignment": self.head.assignment,
+            "whether it is frozen": int(self.frozen),
+            **super()._facts(),
+        }
+
+    def _solve(self, combined: Combined) -> AssignmentSolution:
+        check_finite(combined.sums, combined.total, combined.lost)
+        head, means = self.head, combined.means.cpu()
+        prototypes, current = head.bank.prototypes.cpu(), head.assignment.cpu()
+        if bool(self.frozen):
+            similarity = total_similarity(means, prototypes, current)
+            return AssignmentSolution(current, similarity, similarity, optimal=False, method="frozen")
+        return solve_assignment(means, prototypes, current=current, method=self.solver, prices=self.prices)
 
     def extra_repr(self) -> str:
         """What `repr` shows."""

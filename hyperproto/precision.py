@@ -50,3 +50,15 @@ def keeping_dtype(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Te
             return moved(tensor.float())
 
     return moved
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that has no float64 (Apple's GPUs): what counts are kept in.
+
+    float32 cannot tell 16,777,217 from 16,777,216.
+
+    Examples:
+        >>> widest_float(torch.device("cpu"))
+        torch.float64
+    """
+    return torch.float32 if device.type == "mps" else torch.float64

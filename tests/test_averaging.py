@@ -446,3 +446,19 @@ def test_averaging_moves_nothing_but_what_it_averages():
     after = averaged.module.state_dict()
     assert {name for name, value in after.items() if not torch.equal(value, before[name])} == {"2.assignment_record"}
     assert torch.equal(after["2.assignment_record"], model.state_dict()["2.assignment_record"])
+
+
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_a_module_that_holds_its_assigner_is_averaged_with_its_buffers(momentum):
+    model = small()
+    assigner = DynamicAssigner(model, momentum=momentum)
+    whole = nn.ModuleDict({"model": model, "criterion": BalancedLoss(assigner)})
+    averaged = AveragedModel(whole, use_buffers=True)
+    assigner.freeze()
+    for _ in range(3):
+        whole["criterion"](model(torch.randn(16, 5)), torch.arange(16) % NUM_CLASSES)
+        averaged.update_parameters(whole)
+    copied = averaged.module["criterion"].assigner
+    assert copied.head is averaged.module["model"][2]
+    assert copied.step().solver == "frozen"
+    assert int(copied.format_version) == int(assigner.format_version)

@@ -418,6 +418,130 @@ def test_counts_of_another_number_of_labels_are_refused_before_the_means_are_loa
     assert_holds(assigner, before)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_an_assigner_keeps_its_dtypes_whatever_those_of_the_checkpoint(momentum, dtype, assign):
+    model = small()
+    assigner, source = trained(model, momentum=momentum), trained(small(seed=1), momentum=momentum)
+    dtypes = {name: value.dtype for name, value in assigner.named_buffers()}
+    assert dtypes["class_means"] == torch.float32
+    checkpoint = {
+        name: value.to(dtype) if value.is_floating_point() else value for name, value in snapshot(source).items()
+    }
+    assigner.load_state_dict(checkpoint, assign=assign)
+    assert {name: value.dtype for name, value in assigner.named_buffers()} == dtypes
+    torch.testing.assert_close(assigner.class_means, checkpoint["class_means"].float())
+    assigner.update(model(torch.randn(6, 5)).detach(), torch.arange(6))
+    assigner.step()
+
+
+@pytest.mark.filterwarnings("ignore:no batch has reached:hyperproto.HyperprotoWarning")
+@pytest.mark.parametrize("assign", [False, True])
+def test_whether_it_is_frozen_loads_from_a_checkpoint_that_says_so_by_a_bool(assign):
+    model = small()
+    assigner, checkpoint = DynamicAssigner(model), snapshot(DynamicAssigner(model))
+    assert checkpoint["frozen"].dtype == torch.int64
+    assigner.load_state_dict(checkpoint | {"frozen": torch.tensor(True)}, assign=assign)
+    assert assigner.frozen.dtype == torch.int64
+    assert assigner.step().solver == "frozen"
+    assigner.unfreeze()
+    assert assigner.step().solver == "dense"
+
+
+class Training(nn.Module):
+    """A model and what trains it in one module, as Lightning's users write it."""
+
+    def __init__(self, model: nn.Module, momentum: float | None = 0.9) -> None:
+        super().__init__()
+        self.model = model
+        self.criterion = BalancedLoss(DynamicAssigner(model, momentum=momentum))
+
+
+def other_shape(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
+    return checkpoint | {name: torch.zeros(9, 9) for name in checkpoint if name.endswith("assigner.class_means")}
+
+
+def other_momentum(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
+    sums = {name.replace("means", "sums"): value for name, value in checkpoint.items() if name.endswith(".class_means")}
+    return checkpoint | sums
+
+
+def later_format(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
+    return checkpoint | {name: value + 1 for name, value in checkpoint.items() if name.endswith("r.format_version")}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("wrap", [lambda module: module, nn.DataParallel, lambda module: nn.ModuleList([module])])
+@pytest.mark.parametrize(
+    ("change", "error"), [(other_momentum, CheckpointError), (other_shape, ShapeError), (later_format, CheckpointError)]
+)
+def test_a_module_with_model_and_criterion_is_refused_before_its_model_is_loaded(change, error, wrap, strict):
+    training = wrap(Training(small()))
+    before, checkpoint = snapshot(training), change(snapshot(wrap(Training(small(seed=1)))))
+    with pytest.raises(error, match=r"criterion\.assigner\."):
+        training.load_state_dict(checkpoint, strict=strict)
+    assert_holds(training, before)
+
+
+def test_a_module_with_model_and_criterion_comes_back_exactly():
+    source, training = Training(small(seed=1)), Training(small())
+    for _ in range(2):
+        source.criterion(source.model(torch.randn(6, 5)), torch.arange(6))
+    training.load_state_dict(source.state_dict())
+    assert_holds(training, snapshot(source))
+
+
+@pytest.mark.parametrize("momentum", [0.9, None])
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_an_assigner_made_by_to_empty_is_as_a_new_one(monkeypatch, device, momentum):
+    model = small()
+    assigner, new = trained(model, momentum=momentum), DynamicAssigner(small(), momentum=momentum)
+    assigner.to(device)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty_like", lambda like, device: torch.ones(like.shape, dtype=like.dtype, device=device))
+        assigner.to_empty(device="cpu")
+    for name, value in new.named_buffers():
+        assert torch.equal(dict(assigner.named_buffers())[name], value), name
+    source = trained(small(seed=1), momentum=momentum)
+    assigner.load_state_dict(source.state_dict())
+    assert_holds(assigner, snapshot(source))
+
+
+@pytest.mark.parametrize("bank", ["simplex", "random"])
+@pytest.mark.parametrize("assign", [False, True])
+def test_an_assigner_of_a_model_on_the_device_meta(assign, bank):
+    source = small(dim=8, bank=bank)
+    saved = trained(source)
+    model = small(dim=8, bank=bank).to("meta")
+    assigner = DynamicAssigner(model)
+    if not assign:
+        model.to_empty(device="cpu")
+        assigner.to_empty(device="cpu")
+    model.load_state_dict(source.state_dict(), assign=assign)
+    assigner.load_state_dict(saved.state_dict(), assign=assign)
+    assert not any(buffer.is_meta for buffer in assigner.buffers())
+    assert_holds(assigner, snapshot(saved))
+    batch = torch.randn(6, 5)
+    for each, on in ((assigner, model), (saved, source)):
+        each.update(on(batch).detach(), torch.arange(6))
+    step = assigner.step()
+    assert step.equiangular == (bank == "simplex")
+    assert step.moved_labels == saved.step().moved_labels
+    assert_holds(assigner, snapshot(saved))
+
+
+def test_an_assigner_made_on_the_device_meta_follows_a_model_that_gets_values_later():
+    model = small().to("meta")
+    assigner = DynamicAssigner(model)
+    with pytest.raises(AssignmentError, match="without values"):
+        assigner.step()
+    model.load_state_dict(small().state_dict(), assign=True)
+    assigner.update(model(torch.randn(6, 5)).detach(), torch.arange(6))
+    assert assigner.step().unseen == ()
+    assert assigner.class_counts.tolist() == [1] * 6
+
+
 # The version of the format
 
 
