@@ -22,7 +22,7 @@ from hyperproto.ranks import ProcessGroup
 from hyperproto.readout import Readout
 from hyperproto.running_means import RunningMeans
 from hyperproto.separation import is_simplex
-from hyperproto.targets import IGNORE_INDEX, Target, check_target, has_memory, read_target
+from hyperproto.targets import IGNORE_INDEX, Target, check_target, has_memory
 
 
 class DynamicAssigner(RunningMeans):
@@ -151,19 +151,21 @@ class DynamicAssigner(RunningMeans):
         sample for which the model returned NaN or infinity is left out; `step` raises where most were.
 
         Args:
-            output: what the model returned in training: logits (B, C) or embeddings (B, D).
+            output: what the model returned in training: logits (B, C) or embeddings (B, D), or those of positions; see
+                `Codebook.read`.
             target: labels (B,) int64, or soft targets (B, C), whose entries, less the smallest of their row, weigh the
                 samples: the uniform part of label smoothing says nothing about a label. Where a label's weights add up
                 to less than one sample, its mean moves by that fraction of a step; below half a sample it starts none.
+                Of positions labels (B, ...), and soft targets with C where the output has it.
             ignore_index: label of samples that feed no mean.
 
         Raises:
             ShapeError, LabelError: output or target do not fit; nothing has changed then.
             ArgumentError: within a transform of torch.func, which allows no change of state.
         """
-        readout, device = self.head.read(output), output.device
+        readout = self.head.read(output)
         ignored = whole_number(ignore_index, "ignore_index", smallest=SMALLEST_INT)
-        self.feed(readout, read_target(target, len(output), self.head.num_classes, device, ignore_index=ignored))
+        self.feed(readout, readout.read_target(target, ignore_index=ignored))
 
     @torch.no_grad()
     def feed(self, readout: Readout, target: Target) -> None:

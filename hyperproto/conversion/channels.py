@@ -12,9 +12,12 @@ class ChannelsFirstHead(HypersphericalHead):
     state and `embed`, which takes rows (..., in_features), are those of the base class.
 
     Examples:
+        >>> import torch
         >>> ChannelsFirstHead(8, 4, dim=3)(torch.randn(2, 8, 5, 6)).shape
         torch.Size([2, 4, 5, 6])
     """
+
+    class_dim = 1
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, in_features, H, W) -> (B, C, H, W) logits, or (B, D, H, W) embeddings in train mode if so chosen."""
