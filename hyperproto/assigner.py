@@ -148,7 +148,7 @@ class DynamicAssigner(RunningMeans):
         """Feed a batch to the class means; in place.
 
         Costs O(B D) from embeddings and O(B D^2) from logits, whose embeddings are recovered by least squares. A
-        sample for which the model returned NaN or infinity is left out; `step` raises where most were.
+        sample for which the model returned NaN or infinity is left out; `step` tells, and raises where most were.
 
         Args:
             output: what the model returned in training: logits (B, C) or embeddings (B, D), or those of positions; see
@@ -209,7 +209,7 @@ class DynamicAssigner(RunningMeans):
         head = self.head
         head.placement.check(head)
         self._oversights.check_source(head)
-        combined, total = self._combine_ranks(head.assignment.device)
+        combined, total, lost = self._combine_ranks(head.assignment.device)
         means, prototypes, before = combined.cpu(), head.bank.prototypes.cpu(), head.assignment.cpu().clone()
         if bool(self.frozen):
             after, solver, optimal = before, "frozen", False
@@ -222,7 +222,7 @@ class DynamicAssigner(RunningMeans):
                 self.prices.copy_(solution.prices)
             for each in self._heads:
                 each.assign_(after.to(each.assignment.device))
-        pending = total.clone()
+        pending, lost = total.clone(), lost.clone()
         self._begin_round(combined, total)
         moved = after != before
         record = AssignmentStep(
@@ -237,7 +237,7 @@ class DynamicAssigner(RunningMeans):
             packed_unseen=packed_labels(~means.any(dim=1)),
         )
         self._history.append(record)
-        self._oversights.tell(head, self.class_counts, pending, self.noticed)
+        self._oversights.tell(head, self.class_counts, pending, lost, self.noticed)
         self.noticed.zero_()
         return record
 

@@ -120,8 +120,8 @@ class RunningMeans(nn.Module):
         self.writers.bitwise_or_(bit_of_this_rank())
 
     @torch.no_grad()
-    def _combine_ranks(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Class means (C, D) of all ranks, checked, and the samples (C,) that they have seen since the last step."""
+    def _combine_ranks(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Class means (C, D) of all ranks, checked, and the samples (C,) since the last step, seen and lost."""
         # A rank without a batch has not followed the model yet, and NCCL takes no tensor of the CPU.
         self._follow_device(device)
         means, total, lost = self.class_means, self.pending_counts, self.lost_counts
@@ -137,7 +137,7 @@ class RunningMeans(nn.Module):
             moved = total > 0 if self.class_sums is None else is_seen(total)
             means = torch.where(moved[:, None], normalise(sums), means)
         check_finite(checked, total, lost)
-        return means, total
+        return means, total, lost
 
     @torch.no_grad()
     def _begin_round(self, means: Tensor, total: Tensor) -> None:

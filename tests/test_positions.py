@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from losses import LOSSES as ALL
 from torch import nn
 
 from hyperproto import (
@@ -13,7 +14,6 @@ from hyperproto import (
     DynamicAssigner,
     HypersphericalHead,
     LabelError,
-    LongTailLoss,
     PrototypeCrossEntropyLoss,
     ShapeError,
     convert_model,
@@ -23,11 +23,7 @@ from hyperproto.testing import SEEDS
 
 NUM_CLASSES, IGNORED = 6, 255
 
-LOSSES = {
-    "balanced": BalancedLoss,
-    "long tail, per batch": LongTailLoss,
-    "long tail, global": lambda source, **options: LongTailLoss(source, class_counts=[9, 7, 5, 3, 2, 1], **options),
-    "cross-entropy": PrototypeCrossEntropyLoss,
+LOSSES = ALL | {
     "cross-entropy, weighed": lambda source, **options: PrototypeCrossEntropyLoss(
         source, weight=[1.0, 2.0, 0.5, 0.0, 3.0, 1.0], label_smoothing=0.1, **options
     ),
