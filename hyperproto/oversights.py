@@ -136,8 +136,9 @@ class Oversights:
             num_samples = num_lost + float(pending.sum())
             self._tell_once(
                 "lost",
-                f"{math.ceil(num_lost)} of {num_samples:.0f} samples since the last step are in no class mean: the model "
-                "returned NaN or infinity for them. Look for the cause: broken inputs, the learning rate, half precision.",
+                f"{math.ceil(num_lost)} of {num_samples:.0f} samples since the last step are in no class mean: the "
+                "model returned NaN or infinity for them. Look for the cause: broken inputs, the learning rate, half "
+                "precision.",
             )
         self._tell_of_optimizer(head)
         num_batches, of_one, of_two, impossible = noticed.tolist()
