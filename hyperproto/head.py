@@ -41,9 +41,8 @@ class HypersphericalHead(Codebook):
     `assignment` (an integer buffer, gathered at use, so that averaging weights cannot blend two assignments).
     Everything from the normalisation on is computed in float32, also under autocast and in half-precision models.
 
-    timm's `ModelEmaV3` and torch's `AveragedModel` copy integers, so that an average carries the latest assignment.
-    With `use_buffers=True` torch averages integers too, and the averaged head raises at evaluation until it is given
-    the model's assignment again, `averaged_head.assign_(head.assignment)`.
+    The assignment comes through averages of weights and checkpoints as it is, or evaluation raises: see
+    `hyperproto.assignment_record`.
 
     Args:
         in_features: width of the features that come in.
@@ -68,7 +67,8 @@ class HypersphericalHead(Codebook):
         ArgumentError: an option outside its range.
         BankError: the bank cannot be built or does not fit.
         ShapeError: at call, for features of another width.
-        AssignmentError: at call, in eval mode or under `no_grad`, where `assignment` was overwritten by no assignment.
+        AssignmentError: at call, in eval mode or under `no_grad`, where the buffers are an average over different
+            assignments, or `assignment` was overwritten by none.
 
     Examples:
         >>> head = HypersphericalHead(64, 10, dim=5)
