@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from typing import get_args
 
@@ -24,6 +25,9 @@ from hyperproto.readout import Readout
 from hyperproto.running_means import Combined, RunningMeans
 from hyperproto.separation import is_simplex
 from hyperproto.targets import IGNORE_INDEX, Target, check_target, has_memory, read_target
+
+#: Steps of which `history` keeps the record: enough for one an epoch, and flat where one follows each batch.
+KEPT_STEPS = 1000
 
 #: How ranks that differ come to agree again.
 ADVICE = (
@@ -52,24 +56,29 @@ class DynamicAssigner(RunningMeans):
             The code published with the paper has an effective 0.95 where the paper says 0.9.
         solver: method of `functional.solve_assignment`.
         process_group: the ranks that `step` combines, those that share out the data; by default all. Where several
-            ranks get the same data, as in tensor parallelism, it is the group of one of each.
+            ranks get the same data, as in tensor parallelism, it is the group of one of each. Copies have it too; a
+            pickle has none, and what comes out of it asks for it.
 
     Attributes:
         class_means: (C, D) float32 buffer, unit rows; zero for a label never seen.
-        class_counts: (C,) float32 buffer, samples seen of each label (sums of weights for soft targets): by all ranks
+        class_counts: (C,) float64 buffer, samples seen of each label (sums of weights for soft targets): by all ranks
             up to the last step, by this one since.
-        pending_counts: (C,) float32 buffer, samples that this rank has seen since the last step.
-        combined_counts: (C,) float32 buffer, samples seen by all ranks up to the last step: apart from what this rank
+        pending_counts: (C,) float64 buffer, samples that this rank has seen since the last step.
+        combined_counts: (C,) float64 buffer, samples seen by all ranks up to the last step: apart from what this rank
             adds batch by batch, which rounds otherwise than what other ranks add.
         class_sums: (C, D) float32 buffer, sums of the embeddings since the last step; with `momentum=None` only.
-        frozen: () bool buffer; see `freeze`.
+        frozen: () int64 buffer, 1 or 0; see `freeze`.
         prices: (P,) float32 buffer, where the next matching starts from; it saves time, decides nothing, and is in no
             checkpoint.
-        lost_counts: (C,) float32 buffer, samples since the last step that are in no mean, since the model returned NaN
+        lost_counts: (C,) float64 buffer, samples since the last step that are in no mean, since the model returned NaN
             or infinity for them; in no checkpoint.
-        writers: () int64 buffer, the ranks that fed what is pending, as bits; in no checkpoint.
+        writers: () int64 buffer, the ranks that fed what is pending, as bits; in checkpoints where it was another than
+            the first.
         noticed: (4,) int64 buffer, batches since the last step that look like a mistake; in no checkpoint.
         format_version: () int64 buffer, of the checkpoint's format.
+
+    Counts are float32 on devices without float64 (Apple's GPUs), where they end at 2^24 for a label. After `to_empty`
+    an assigner is as a new one.
 
     Raises:
         HeadNotFoundError: source has no head.
@@ -107,7 +116,7 @@ class DynamicAssigner(RunningMeans):
         # In a tuple, so that the model does not become a submodule of the criterion.
         self._heads = heads
         self.solver: AssignmentMethod = solver
-        self._history: list[AssignmentStep] = []
+        self._history: deque[AssignmentStep] = deque(maxlen=KEPT_STEPS)
         self._oversights = Oversights(weakref.ref(source))
         head = self.head
         # Where the next matching starts from. It saves time and decides nothing: not part of the state_dict.
@@ -124,7 +133,7 @@ class DynamicAssigner(RunningMeans):
 
     @property
     def history(self) -> tuple[AssignmentStep, ...]:
-        """The steps of this process so far."""
+        """The steps of this process so far, of more than 1,000 the latest."""
         return tuple(self._history)
 
     def freeze(self) -> None:
@@ -195,11 +204,13 @@ class DynamicAssigner(RunningMeans):
     def step(self) -> AssignmentStep:
         r"""Match labels to prototypes by the class means and write the assignment into the heads; in place.
 
-        Under torch.distributed every rank of the process group must call it: means are combined over the ranks in one
-        collective, and all arrive at the same means and the same assignment, bit for bit. With `momentum=None` they
-        are what one process would have that saw all batches, to rounding. With a momentum every rank moves its own
-        means by its own batches, and they are combined with weights n, the samples of the label on each rank since
-        the last step; no order of the ranks enters but that in which torch.distributed adds up.
+        Under torch.distributed every rank of the process group must call it. Ranks that differ in prototypes,
+        assignment, momentum, counts, kept means or whether they are frozen all raise. Means are combined over the
+        ranks, and the first one solves: all have its means and its assignment then, bit for bit, also where their
+        machines round differently. With `momentum=None` the means are what one process would have that saw all
+        batches, to rounding. With a momentum every rank moves its own means by its own batches, and they are combined
+        with weights n, the samples of the label on each rank since the last step; no order of the ranks enters but
+        that in which torch.distributed adds up.
 
         $$ m_c = \operatorname{normalise}\Big(\sum_r n_{rc} \, m_{rc}\Big) $$
 
@@ -208,9 +219,12 @@ class DynamicAssigner(RunningMeans):
 
         Raises:
             HeadNotFoundError: the head is no longer part of its model.
+            RankError: ranks differ, or another one raised an error; on every rank but that one.
             HyperprotoWarning: once for each cause, what was probably not meant, such as that no batch came.
             AssignmentError: the model returned NaN or infinity for half of the samples or more, with the labels, or
-                state of one rank that was written over another's; the same on every rank. Means and assignment stay.
+                state of one rank that was written over another's; the same on every rank.
+
+            Means and assignment stay as they were.
         """
         started = time.perf_counter()
         head, group = self.head, self.process_group
