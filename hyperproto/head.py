@@ -11,6 +11,7 @@ from hyperproto.codebook import Codebook, TrainingOutput
 from hyperproto.errors import ArgumentError, BankError, NotLinearError
 from hyperproto.projection import (
     Projection,
+    be_leaf_,
     build_projection,
     check_features,
     seed_of_projection,
@@ -18,8 +19,9 @@ from hyperproto.projection import (
 )
 from hyperproto.sphere import assigned_cosines, normalise
 
-# Leaves to torch.fx: what they decide by shape is decided when a traced graph runs, and the buffers that they gather
-# from enter it by name, where gathering them while tracing would freeze the assignment of that moment into a constant.
+# Leaves to torch.fx where a head itself is traced: what they decide by shape is decided when the graph runs, and the
+# buffers that they gather from enter it by name, where gathering them while tracing would freeze the assignment of that
+# moment into a constant.
 torch.fx.wrap("assigned_cosines")
 torch.fx.wrap("check_features")
 torch.fx.wrap("normalise")
@@ -124,6 +126,7 @@ class HypersphericalHead(Codebook):
         self.in_features = in_features
         self.out_features = num_classes
         self.projection = build_projection(projection, in_features, dim, seed=seed_of_projection(seed))
+        be_leaf_(self)
 
     def forward(self, features: Tensor) -> Tensor:
         """(..., in_features) -> (..., C) logits, or (..., D) embeddings in train mode if so chosen."""
@@ -142,8 +145,8 @@ class HypersphericalHead(Codebook):
         if self.training and self.training_output == "embedding":
             return embeddings
         if not torch.jit.is_scripting():
-            self._check_written_assignment()
-        return assigned_cosines(embeddings, self.bank.prototypes, self.assignment) * self.logit_scale
+            self._look()
+        return assigned_cosines(embeddings, self.bank(), self.assignment) * self.logit_scale
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -33,14 +33,21 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
 def keeping_dtype(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """`function` as `nn.Module._apply` gets it, less its change of dtype: moves between devices still happen.
 
+    What is in float64 is in float32 on a device that has no other.
+
     Examples:
         >>> keeping_dtype(torch.Tensor.half)(torch.ones(1)).dtype
         torch.float32
     """
 
     def moved(tensor: Tensor) -> Tensor:
-        result = function(tensor)
-        return result if result.dtype == tensor.dtype else tensor.to(result.device)
+        try:
+            result = function(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+        except TypeError:  # what torch says of float64 on a device without
+            if tensor.dtype != torch.float64:
+                raise
+            return moved(tensor.float())
 
     return moved
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -92,6 +92,10 @@ class RowBatchNorm(nn.BatchNorm1d):
         torch.Size([1, 3])
     """
 
+    def __init__(self, num_features: int, **options: Any) -> None:
+        super().__init__(num_features, **options)
+        be_leaf_(self)
+
     def forward(self, input: Tensor) -> Tensor:
         """(B, D) -> (B, D) float32."""
         return _batch_norm(
@@ -107,8 +111,23 @@ class RowBatchNorm(nn.BatchNorm1d):
             self.eps,
         )
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, own in (*self.named_parameters(), *self.named_buffers()):
+            if prefix + name in state_dict:  # assign=True takes the dtype that comes
+                state_dict[prefix + name] = state_dict[prefix + name].to(own.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RowBatchNorm":
         return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
+
+
+def be_leaf_(module: nn.Module) -> None:
+    """Let torch.fx call a module in the graphs that it traces, as it does a layer of torch, and not trace it.
+
+    A graph then follows `train()` and `eval()`, where a traced one would keep to the mode of the day. A tracer takes
+    for a leaf what comes from torch.nn, and asks the instance; classes, pickles and everything else are as before.
+    """
+    module.__module__ = nn.Module.__module__
 
 
 def check_features(features: Tensor, in_features: int) -> None:
@@ -129,6 +148,8 @@ def check_features(features: Tensor, in_features: int) -> None:
 
 def unflatten_rows(rows: Tensor, features: Tensor) -> Tensor:
     """(N, D) as (..., D), with the leading dimensions of `features` (..., in_features), whose product N is."""
+    if features.dim() == 2:  # nothing to do, and no batch size for a tracer to keep
+        return rows
     return torch.unflatten(rows, 0, features.shape[:-1])
 
 
@@ -144,7 +165,6 @@ def _linear(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return F.linear(features.to(weight.dtype), weight, bias)
 
 
-@torch.fx.wrap
 def _batch_norm(
     features: Tensor,
     weight: Tensor,
@@ -157,7 +177,10 @@ def _batch_norm(
     momentum: float | None,
     eps: float,
 ) -> Tensor:
-    of_batch = (training and features.shape[0] > 1) or running_mean is None
+    of_batch = running_mean is None
+    # By a branch, which a graph of all such sizes is guarded by; a trace, whose sizes are tensors, is of batches.
+    if training and (torch.jit.is_tracing() or features.shape[0] > 1):  # type: ignore[no-untyped-call]
+        of_batch = True
     if of_batch and not tracked:
         running_mean, running_var, num_batches_tracked = None, None, None
     share = 0.0 if momentum is None else momentum
@@ -166,14 +189,15 @@ def _batch_norm(
     weight, bias = weight.float(), bias.float()
     if not of_batch or running_mean is None or running_var is None:
         return F.batch_norm(features, running_mean, running_var, weight, bias, of_batch, share, eps)
-    # A batch that is not finite, such as a gradient scaler skips, would leave its trace for ever.
-    finite = torch.isfinite(features).all()
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(finite.to(num_batches_tracked.dtype))
-        if momentum is None:  # a plain average over batches, which torch.optim.swa_utils.update_bn asks for
-            share = 1.0 / max(float(num_batches_tracked), 1.0)
+    if num_batches_tracked is not None and momentum is None:
+        # A plain average over batches, which torch.optim.swa_utils.update_bn asks for.
+        share = 1.0 / (float(num_batches_tracked) + 1.0)
     new_mean, new_var = running_mean.clone(), running_var.clone()
     rows = F.batch_norm(features, new_mean, new_var, weight, bias, of_batch, share, eps)
+    # A batch that is not finite, such as a gradient scaler skips, would leave its trace for ever.
+    finite = torch.isfinite(new_mean).all()  # tells it, at the cost of one row
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(finite.to(num_batches_tracked.dtype))
     running_mean.copy_(torch.where(finite, new_mean, running_mean))
     running_var.copy_(torch.where(finite, new_var, running_var))
     return rows

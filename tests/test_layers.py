@@ -33,6 +33,8 @@ LAYERS = [
     "projection",
     "affine",
     "readout",
+    "assignment_record",
+    "assigned_bank",
     "placement",
     "codebook",
     "head",
