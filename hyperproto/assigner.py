@@ -256,7 +256,7 @@ class DynamicAssigner(RunningMeans):
             solver=solution.method,
             optimal=solution.optimal,
             seconds=time.perf_counter() - started,
-            equiangular=is_simplex(head.bank.prototypes),
+            equiangular=is_simplex(head.bank()),
             packed_moved=packed_labels(moved),
             packed_unseen=packed_labels(~means.any(dim=1).cpu()),
         )
@@ -271,7 +271,7 @@ class DynamicAssigner(RunningMeans):
             "the number of labels": self.num_classes,
             "the dimension": self.dim,
             "the number of prototypes": bank.num_prototypes,
-            "the prototypes": bank.prototypes,
+            "the prototypes": bank(),
             "the assignment": self.head.assignment,
             "whether it is frozen": int(self.frozen),
             **super()._facts(),
@@ -280,7 +280,7 @@ class DynamicAssigner(RunningMeans):
     def _solve(self, combined: Combined) -> AssignmentSolution:
         check_finite(combined.sums, combined.total, combined.lost)
         head, means = self.head, combined.means.cpu()
-        prototypes, current = head.bank.prototypes.cpu(), head.assignment.cpu()
+        prototypes, current = head.bank().cpu(), head.assignment.cpu()
         if bool(self.frozen):
             similarity = total_similarity(means, prototypes, current)
             return AssignmentSolution(current, similarity, similarity, optimal=False, method="frozen")
