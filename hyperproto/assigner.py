@@ -24,7 +24,7 @@ from hyperproto.ranks import Fact, ProcessGroup, agreement, decided_by_first, fi
 from hyperproto.readout import Readout
 from hyperproto.running_means import Combined, RunningMeans
 from hyperproto.separation import is_simplex
-from hyperproto.targets import IGNORE_INDEX, Target, check_target, has_memory, read_target
+from hyperproto.targets import IGNORE_INDEX, Target, check_target, has_memory
 
 #: Steps of which `history` keeps the record: enough for one an epoch, and flat where one follows each batch.
 KEPT_STEPS = 1000
@@ -166,22 +166,24 @@ class DynamicAssigner(RunningMeans):
         """Feed a batch to the class means; in place.
 
         Costs O(B D) from embeddings and O(B D^2) from logits, whose embeddings are recovered by least squares. A
-        sample for which the model returned NaN or infinity is left out; `step` raises where most were.
+        sample for which the model returned NaN or infinity is left out; `step` tells, and raises where most were.
 
         Args:
-            output: what the model returned in training: logits (B, C) or embeddings (B, D).
+            output: what the model returned in training: logits (B, C) or embeddings (B, D), or those of positions; see
+                `Codebook.read`.
             target: labels (B,) int64, or soft targets (B, C), whose entries, less the smallest of their row, weigh the
                 samples: the uniform part of label smoothing says nothing about a label. Where a label's weights add up
                 to less than one sample, its mean moves by that fraction of a step; below half a sample it starts none.
+                Of positions labels (B, ...), and soft targets with C where the output has it.
             ignore_index: label of samples that feed no mean.
 
         Raises:
             ShapeError, LabelError: output or target do not fit; nothing has changed then.
             ArgumentError: within a transform of torch.func, which allows no change of state.
         """
-        readout, device = self.head.read(output), output.device
+        readout = self.head.read(output)
         ignored = whole_number(ignore_index, "ignore_index", smallest=SMALLEST_INT)
-        self.feed(readout, read_target(target, len(output), self.head.num_classes, device, ignore_index=ignored))
+        self.feed(readout, readout.read_target(target, ignore_index=ignored))
 
     @torch.no_grad()
     def feed(self, readout: Readout, target: Target) -> None:
@@ -240,7 +242,7 @@ class DynamicAssigner(RunningMeans):
             facts.update(self._facts())
         combined = self._combine_ranks()
         solution = decided_by_first(lambda: self._solve(combined), device, process_group=group)
-        means, total = combined.means.clone(), combined.total.clone()
+        means, total, lost = combined.means.clone(), combined.total.clone(), combined.lost.clone()
         share_first_(means, process_group=group)
         moved = solution.assignment != head.assignment.cpu()
         if solution.prices is not None:
@@ -261,7 +263,7 @@ class DynamicAssigner(RunningMeans):
             packed_unseen=packed_labels(~means.any(dim=1).cpu()),
         )
         self._history.append(record)
-        self._oversights.tell(head, self.class_counts, total, self.noticed)
+        self._oversights.tell(head, self.class_counts, total, lost, self.noticed)
         self.noticed.zero_()
         return record
 

@@ -49,6 +49,9 @@ class Codebook(AssignedBank):
 
     __constants__ = ("training_output",)  # what TorchScript may branch on
 
+    #: The dimension of an output that holds classes, or coordinates of embeddings.
+    class_dim = -1
+
     logit_scale: Tensor
     anchors: Tensor | None
     anchor_inverse: Tensor | None
@@ -91,8 +94,9 @@ class Codebook(AssignedBank):
         """What the model returned, with its kind told by its width: the only place where that is asked.
 
         Args:
-            output: (B, C) logits or (B, D) embeddings. For C = D they are embeddings where `training_output` says so
-                and the head is in train mode.
+            output: (B, C) logits or (B, D) embeddings, or those of positions, each of which is a sample: (B, ..., C) as
+                a head returns them for tokens, (B, C, H, W) as one over feature maps does. For C = D they are
+                embeddings where `training_output` says so and the head is in train mode.
 
         Raises:
             HeadNotFoundError: the head is no longer part of its model.
@@ -100,15 +104,13 @@ class Codebook(AssignedBank):
             ArgumentError: neither, by its values; on the CPU only.
         """
         self.placement.check(self)
-        if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] not in (self.num_classes, self.dim):
-            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ShapeError(
-                f"expected logits of shape (B, {self.num_classes}) or embeddings of shape (B, {self.dim}), got {got}."
-            )
+        widths = (self.num_classes, self.dim)
+        if not isinstance(output, Tensor) or output.dim() < 2 or output.shape[self.class_dim] not in widths:
+            raise ShapeError(self._why_no_output(output))
         if not output.is_floating_point():
             raise ShapeError(f"expected an output in a floating dtype, as the model returns it, got {output.dtype}.")
         returned_embeddings = self.training and self.training_output == "embedding"
-        is_embedding = returned_embeddings if self.num_classes == self.dim else output.shape[1] == self.dim
+        is_embedding = returned_embeddings if self.num_classes == self.dim else output.shape[self.class_dim] == self.dim
         readout = self._readout(output, is_embedding)
         readout.check_values()
         return readout
@@ -118,16 +120,17 @@ class Codebook(AssignedBank):
         return self.read(output).is_embedding
 
     def embeddings_from_output(self, output: Tensor) -> Tensor:
-        """(B, D) embeddings from what the model returned, recovered where it is logits; raises as `read` does."""
+        """(N, D) embeddings of N = B samples or positions, recovered where they are logits; raises as `read` does."""
         return self.read(output).embeddings()
 
     def cosines_from_output(self, output: Tensor) -> Tensor:
-        """(B, C) cosines from what the model returned, logits or embeddings; raises as `read` does."""
+        """(N, C) cosines of N = B samples or positions, from logits or embeddings; raises as `read` does."""
         return self.read(output).cosines()
 
     def target_cosines_from_output(self, output: Tensor, labels: Tensor) -> Tensor:
-        """(B, 1) cosine of each sample with the prototype of its label (B,); raises as `read` does."""
-        return self.read(output).own_cosines(labels)
+        """(N, 1) cosines of N = B samples or positions with the prototypes of their labels; raises as `read` does."""
+        readout = self.read(output)
+        return readout.own_cosines(readout.read_target(labels).values)
 
     def recover_embeddings(self, logits: Tensor) -> Tensor:
         r"""Embeddings (B, D) whose logits these are, in O(B D^2) whatever C is.
@@ -205,11 +208,20 @@ class Codebook(AssignedBank):
         super().train(mode)
         return self
 
+    def _why_no_output(self, output: object) -> str:
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        message = f"expected logits of shape (B, {self.num_classes}) or embeddings of shape (B, {self.dim}), got {got}."
+        if isinstance(output, Tensor) and output.dim() > 2:
+            here, other, shape = (1, -1, "(B, C, ...)") if self.class_dim == 1 else (-1, 1, "(B, ..., C)")
+            message += f" Of positions this head returns {shape}: output.movedim({other}, {here}) where classes moved."
+        return message
+
     def _readout(self, output: Tensor, is_embedding: bool) -> Readout:
         if not is_embedding:
             self._follow_bank()
         return Readout(
             output,
+            self.class_dim,
             is_embedding,
             self.bank(),
             self.assignment,

@@ -41,9 +41,6 @@ Reduction = Literal["mean", "sum", "none"]
 #: Asked for once: in a compiled loss `get_args` is a graph break in torch 2.6.
 REDUCTIONS = get_args(Reduction)
 
-#: What no label is: for fits, which ignore no sample.
-NO_LABEL = -(2**63)
-
 
 def balanced_loss(
     cosines: Tensor, target: Tensor, *, ignore_index: int = IGNORE_INDEX, reduction: Reduction = "mean"
@@ -165,7 +162,7 @@ def prototype_cross_entropy(
         scale=positive_number(scale, "scale"),
         label_smoothing=share(label_smoothing, "label_smoothing"),
         weight=None if weight is None else class_weights(weight, cosines.shape[1]).to(cosines.device),
-        ignore_index=checked.ignore_index,
+        kept=checked.kept,
         reduction=reduction,
     )
 
@@ -178,22 +175,24 @@ def scaled_cross_entropy(
     label_smoothing: float,
     reduction: Reduction,
     weight: Tensor | None = None,
-    ignore_index: int = NO_LABEL,
+    kept: Tensor | None = None,
 ) -> Tensor:
-    """`prototype_cross_entropy` of what has been checked."""
+    """`prototype_cross_entropy` of what has been checked; `kept` (B,): which labels count, None for all."""
     is_soft = target.dim() == 2
-    kept = target != ignore_index
+    looked_up = target.float() if is_soft else to_look_up(target, cosines.shape[1])
     losses = F.cross_entropy(
         scale * cosines.float(),
-        target.float() if is_soft else torch.where(kept, to_look_up(target, cosines.shape[1]), target),
+        looked_up if kept is None else torch.where(kept, looked_up, IGNORE_INDEX),
         weight=weight,
         reduction="none",
         label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
+        ignore_index=IGNORE_INDEX,
     )
     if is_soft:
         return _reduce(losses, reduction)
-    shares = kept if weight is None else torch.where(kept, weight[torch.where(kept, target, 0)], 0.0)
+    if weight is None:
+        return _reduce(losses, reduction, kept)
+    shares = weight[target] if kept is None else torch.where(kept, weight[torch.where(kept, target, 0)], 0.0)
     return _reduce(losses, reduction, shares)
 
 
@@ -302,7 +301,7 @@ def _read(cosines: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, T
             f"expected cosines of shape (B, C), in a floating dtype, got {tuple(cosines.shape)} and {cosines.dtype}."
         )
     ignored = whole_number(ignore_index, "ignore_index", smallest=SMALLEST_INT)
-    return cosines, read_target(target, len(cosines), cosines.shape[1], cosines.device, ignore_index=ignored)
+    return cosines, read_target(target, cosines.shape[:1], cosines.shape[1], cosines.device, ignore_index=ignored)
 
 
 def _at_labels(values: Tensor, target: Target) -> Tensor:

@@ -5,6 +5,7 @@ A training loop pays for a few sums of small tensors on its own device. Whatever
 
 from __future__ import annotations
 
+import math
 import weakref
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,11 +18,14 @@ from hyperproto.errors import HeadNotFoundError
 from hyperproto.head import HypersphericalHead
 from hyperproto.heads import get_heads
 from hyperproto.readout import Readout
-from hyperproto.targets import Target, is_seen
+from hyperproto.targets import SMALLEST_EVIDENCE, Target, is_seen
 from hyperproto.telling import tell
 
-#: Batches with gradients after which an optimiser has stepped: gradient scaling may skip the first few.
+#: Batches with gradients after which an optimiser that writes to the rest of the model has stepped.
 BATCHES_UNTIL_STEPPED = 4
+
+#: The same where nothing was written at all: gradient scaling may skip the first ones, halving its scale at each.
+BATCHES_UNTIL_SCALED = 20
 
 #: Leading entries of each parameter that are compared.
 COMPARED_ENTRIES = 4096
@@ -56,6 +60,7 @@ class Oversights:
         left_out: why a criterion in a training loop did not feed the assigner since the last step, if one did not.
         told: causes that were told.
         watched: parameters of the projection, as they were at the first batch that had gradients.
+        versions: how often the model's other parameters had been written to then, in all.
         num_gradients: batches since then whose gradients came back.
         trains: whether an optimiser was seen to write to one.
     """
@@ -64,6 +69,7 @@ class Oversights:
     left_out: str | None = None
     told: set[str] = field(default_factory=set)
     watched: list[_Watched] = field(default_factory=list)
+    versions: int = 0
     num_gradients: int = 0
     trains: bool = False
 
@@ -100,16 +106,18 @@ class Oversights:
                 for each in head.projection.parameters()
                 if each.requires_grad and _has_entries(each)
             ]
-        if self.watched and self.num_gradients < BATCHES_UNTIL_STEPPED:
+            self.versions = self._versions_of_others()
+        if self.watched and self.num_gradients < BATCHES_UNTIL_SCALED:
             readout.output.register_hook(self._count_gradient)  # type: ignore[no-untyped-call]
 
-    def tell(self, head: HypersphericalHead, counts: Tensor, pending: Tensor, noticed: Tensor) -> None:
+    def tell(self, head: HypersphericalHead, counts: Tensor, pending: Tensor, lost: Tensor, noticed: Tensor) -> None:
         """Say what was probably not meant; ends the round.
 
         Args:
             head: the head.
             counts: (C,) samples seen of each label so far.
             pending: (C,) samples of each label since the last step.
+            lost: (C,) samples since then that were left out.
             noticed: (NUM_NOTICED,) int64, what `count_batch_` has counted since.
         """
         counts, pending = counts.cpu().double(), pending.cpu().double()
@@ -121,7 +129,16 @@ class Oversights:
                 "unseen",
                 f"after {counts.sum():.0f} samples {len(counts) - num_seen} of {len(counts)} labels were not seen "
                 "once. They hold prototypes and count in every softmax. Is num_classes that of the data? See "
-                "hyperproto.convert_model(model, num_classes=...).",
+                "hyperproto.convert_model(model, num_classes=...). Where labels come later, all is well.",
+            )
+        num_lost = float(lost.sum())
+        if num_lost >= SMALLEST_EVIDENCE:
+            num_samples = num_lost + float(pending.sum())
+            self._tell_once(
+                "lost",
+                f"{math.ceil(num_lost)} of {num_samples:.0f} samples since the last step are in no class mean: the "
+                "model returned NaN or infinity for them. Look for the cause: broken inputs, the learning rate, half "
+                "precision.",
             )
         self._tell_of_optimizer(head)
         num_batches, of_one, of_two, impossible = noticed.tolist()
@@ -152,7 +169,8 @@ class Oversights:
         self.trains = not all(
             id(each.parameter) in now and _has_entries(each.parameter) and each.is_unchanged() for each in self.watched
         )
-        if not self.trains and self.num_gradients >= BATCHES_UNTIL_STEPPED:
+        steps = self._versions_of_others() != self.versions
+        if not self.trains and self.num_gradients >= (BATCHES_UNTIL_STEPPED if steps else BATCHES_UNTIL_SCALED):
             self._tell_once(
                 "optimizer",
                 f"gradients of {self.num_gradients} batches or more reached the head, and no parameter of its "
@@ -162,6 +180,10 @@ class Oversights:
             )
         if self.trains or "optimizer" in self.told:
             self.trains, self.watched = True, []
+
+    def _versions_of_others(self) -> int:
+        model, watched = None if self.source is None else self.source(), {id(each.parameter) for each in self.watched}
+        return 0 if model is None else sum(each._version for each in model.parameters() if id(each) not in watched)
 
     def _count_gradient(self, gradient: Tensor) -> None:
         self.num_gradients += 1

@@ -478,6 +478,7 @@ def _non_finite_rows() -> torch.Tensor:
     return features
 
 
+@pytest.mark.filterwarnings("ignore:.*samples since the last step:hyperproto.HyperprotoWarning")
 @pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft"])
 @pytest.mark.parametrize("momentum", [0.9, None])
 def test_a_few_features_that_are_not_finite_leave_no_trace(momentum, soft):

@@ -184,6 +184,54 @@ def test_few_batches_with_gradients_are_none():
     assert not told(lambda: loop.epoch([batch()] * 3))
 
 
+def test_epochs_that_a_gradient_scaler_skips_are_none():
+    model = make_model()
+    assigner = DynamicAssigner(model)
+    loop = Loop(model, BalancedLoss(assigner), assigner)
+    scaler = torch.amp.GradScaler("cpu", init_scale=3e38)
+    before = [each.detach().clone() for each in model.parameters()]
+
+    def epoch():
+        for seed in range(6):
+            features, labels = batch(seed=seed)
+            scaler.scale(1e4 * loop.criterion(model(features), labels)).backward()
+            scaler.step(loop.optimizer)
+            scaler.update()
+            model.zero_grad()
+        assigner.step()
+
+    assert told(epoch) == []
+    assert all(torch.equal(*each) for each in zip(before, model.parameters(), strict=True)), "steps that were skipped"
+    assert told(lambda: [epoch() for _ in range(4)]) == []
+
+
+def test_nothing_that_steps_at_all_is_told_when_no_scaler_would_skip_so_often():
+    model = make_model()
+    assigner = DynamicAssigner(model)
+    loop = Loop(model, BalancedLoss(assigner), assigner, optimized=nn.Linear(8, 8))
+    assert told(lambda: [loop.epoch() for _ in range(3)]) == []
+    assert len(told(lambda: [loop.epoch() for _ in range(3)])) == 1
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_few_samples_that_are_not_finite_are_told_once(soft):
+    model = make_model()
+    assigner = DynamicAssigner(model)
+    features, labels = batch()
+    target = nn.functional.one_hot(labels, 4).float() if soft else labels
+
+    def epoch(num_lost: int):
+        output = model(features).detach()
+        output[:num_lost] = float("nan")
+        assigner.update(output, target)
+        assigner.step()
+
+    assert told(lambda: epoch(0)) == []
+    (message,) = told(lambda: epoch(3))
+    assert re.search("3 of 32 samples.*NaN or infin", message)
+    assert told(lambda: epoch(5)) == []
+
+
 def test_forward_passes_without_gradients_are_none():
     model = make_model()
     assigner = DynamicAssigner(model)

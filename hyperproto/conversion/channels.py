@@ -17,6 +17,8 @@ class ChannelsFirstHead(HypersphericalHead):
         torch.Size([2, 4, 5, 6])
     """
 
+    class_dim = 1
+
     def forward(self, features: Tensor) -> Tensor:
         """(B, in_features, H, W) -> (B, C, H, W) logits, or (B, D, H, W) embeddings in train mode if so chosen."""
         return self._output(self.embed(features.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
