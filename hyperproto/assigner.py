@@ -20,7 +20,7 @@ from hyperproto.heads import require_heads
 from hyperproto.matching.problem import total_similarity
 from hyperproto.matching.solve import AssignmentMethod, AssignmentSolution, solve_assignment
 from hyperproto.oversights import NUM_NOTICED, Oversights, count_batch_
-from hyperproto.ranks import Fact, ProcessGroup, agreement, decided_by_first, fingerprint, share_first_
+from hyperproto.ranks import Fact, ProcessGroup, agreement, check_whole, decided_by_first, fingerprint, share_first_
 from hyperproto.readout import Readout
 from hyperproto.running_means import Combined, RunningMeans
 from hyperproto.separation import is_simplex
@@ -84,6 +84,7 @@ class DynamicAssigner(RunningMeans):
         HeadNotFoundError: source has no head.
         BankError: its heads do not share one bank.
         ArgumentError: momentum outside [0, 1), or a process group without this rank.
+        ShapeError: the model's buffers are DTensors.
 
     Examples:
         >>> head = HypersphericalHead(8, 4, dim=2)
@@ -111,6 +112,7 @@ class DynamicAssigner(RunningMeans):
     ) -> None:
         heads = require_heads(source)
         first = heads[0]
+        check_whole(first.assignment, "the head's assignment")
         super().__init__(first.num_classes, first.dim, first.assignment.device, momentum, process_group)
         choice(solver, "solver", get_args(AssignmentMethod))
         # In a tuple, so that the model does not become a submodule of the criterion.
@@ -235,6 +237,7 @@ class DynamicAssigner(RunningMeans):
         with agreement(device, advice=ADVICE, process_group=group) as facts:
             head.placement.check(head)
             self._oversights.check_source(head)
+            check_whole(head.assignment, "the head's assignment")
             if head.assignment.is_meta:
                 raise AssignmentError("expected a model to step, got one without values. Load a checkpoint first.")
             # A rank without a batch has not followed the model yet, and NCCL takes no tensor of the CPU.
