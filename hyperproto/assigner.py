@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import get_args
 
@@ -19,11 +20,14 @@ from hyperproto.matching.problem import total_similarity
 from hyperproto.matching.solve import AssignmentMethod, AssignmentSolution, solve_assignment
 from hyperproto.module_ref import ModuleRef
 from hyperproto.oversights import NUM_NOTICED, Oversights, count_batch_
-from hyperproto.ranks import Fact, ProcessGroup, agreement, decided_by_first, fingerprint, share_first_
+from hyperproto.ranks import Fact, ProcessGroup, agreement, check_whole, decided_by_first, fingerprint, share_first_
 from hyperproto.readout import Readout
 from hyperproto.running_means import Combined, RunningMeans
 from hyperproto.separation import is_simplex
 from hyperproto.targets import IGNORE_INDEX, Target, check_target, has_memory
+
+#: Steps of which `history` keeps the record: enough for one an epoch, and flat where one follows each batch.
+KEPT_STEPS = 1000
 
 #: How ranks that differ come to agree again.
 ADVICE = (
@@ -52,29 +56,35 @@ class DynamicAssigner(RunningMeans):
             The code published with the paper has an effective 0.95 where the paper says 0.9.
         solver: method of `functional.solve_assignment`.
         process_group: the ranks that `step` combines, those that share out the data; by default all. Where several
-            ranks get the same data, as in tensor parallelism, it is the group of one of each.
+            ranks get the same data, as in tensor parallelism, it is the group of one of each. Copies have it too; a
+            pickle has none, and what comes out of it asks for it.
 
     Attributes:
         class_means: (C, D) float32 buffer, unit rows; zero for a label never seen.
-        class_counts: (C,) float32 buffer, samples seen of each label (sums of weights for soft targets): by all ranks
+        class_counts: (C,) float64 buffer, samples seen of each label (sums of weights for soft targets): by all ranks
             up to the last step, by this one since.
-        pending_counts: (C,) float32 buffer, samples that this rank has seen since the last step.
-        combined_counts: (C,) float32 buffer, samples seen by all ranks up to the last step: apart from what this rank
+        pending_counts: (C,) float64 buffer, samples that this rank has seen since the last step.
+        combined_counts: (C,) float64 buffer, samples seen by all ranks up to the last step: apart from what this rank
             adds batch by batch, which rounds otherwise than what other ranks add.
         class_sums: (C, D) float32 buffer, sums of the embeddings since the last step; with `momentum=None` only.
-        frozen: () bool buffer; see `freeze`.
+        frozen: () int64 buffer, 1 or 0; see `freeze`.
         prices: (P,) float32 buffer, where the next matching starts from; it saves time, decides nothing, and is in no
             checkpoint.
-        lost_counts: (C,) float32 buffer, samples since the last step that are in no mean, since the model returned NaN
+        lost_counts: (C,) float64 buffer, samples since the last step that are in no mean, since the model returned NaN
             or infinity for them; in no checkpoint.
-        writers: () int64 buffer, the ranks that fed what is pending, as bits; in no checkpoint.
+        writers: () int64 buffer, the ranks that fed what is pending, as bits; in checkpoints where it was another than
+            the first.
         noticed: (4,) int64 buffer, batches since the last step that look like a mistake; in no checkpoint.
         format_version: () int64 buffer, of the checkpoint's format.
+
+    Counts are float32 on devices without float64 (Apple's GPUs), where they end at 2^24 for a label. After `to_empty`
+    an assigner is as a new one.
 
     Raises:
         HeadNotFoundError: source has no head.
         BankError: its heads do not share one bank.
         ArgumentError: momentum outside [0, 1), or a process group without this rank.
+        ShapeError: the model's buffers are DTensors.
 
     Examples:
         >>> head = HypersphericalHead(8, 4, dim=2)
@@ -102,12 +112,13 @@ class DynamicAssigner(RunningMeans):
     ) -> None:
         heads = require_heads(source)
         first = heads[0]
+        check_whole(first.assignment, "the head's assignment")
         super().__init__(first.num_classes, first.dim, first.assignment.device, momentum, process_group)
         choice(solver, "solver", get_args(AssignmentMethod))
         # In a tuple, so that the model does not become a submodule of the criterion.
         self._heads = heads
         self.solver: AssignmentMethod = solver
-        self._history: list[AssignmentStep] = []
+        self._history: deque[AssignmentStep] = deque(maxlen=KEPT_STEPS)
         self._oversights = Oversights(ModuleRef(unwrapped(source)))
         head = self.head
         # Where the next matching starts from. It saves time and decides nothing: not part of the state_dict.
@@ -124,7 +135,7 @@ class DynamicAssigner(RunningMeans):
 
     @property
     def history(self) -> tuple[AssignmentStep, ...]:
-        """The steps of this process so far."""
+        """The steps of this process so far, of more than 1,000 the latest."""
         return tuple(self._history)
 
     def freeze(self) -> None:
@@ -197,11 +208,13 @@ class DynamicAssigner(RunningMeans):
     def step(self) -> AssignmentStep:
         r"""Match labels to prototypes by the class means and write the assignment into the heads; in place.
 
-        Under torch.distributed every rank of the process group must call it: means are combined over the ranks in one
-        collective, and all arrive at the same means and the same assignment, bit for bit. With `momentum=None` they
-        are what one process would have that saw all batches, to rounding. With a momentum every rank moves its own
-        means by its own batches, and they are combined with weights n, the samples of the label on each rank since
-        the last step; no order of the ranks enters but that in which torch.distributed adds up.
+        Under torch.distributed every rank of the process group must call it. Ranks that differ in prototypes,
+        assignment, momentum, counts, kept means or whether they are frozen all raise. Means are combined over the
+        ranks, and the first one solves: all have its means and its assignment then, bit for bit, also where their
+        machines round differently. With `momentum=None` the means are what one process would have that saw all
+        batches, to rounding. With a momentum every rank moves its own means by its own batches, and they are combined
+        with weights n, the samples of the label on each rank since the last step; no order of the ranks enters but
+        that in which torch.distributed adds up.
 
         $$ m_c = \operatorname{normalise}\Big(\sum_r n_{rc} \, m_{rc}\Big) $$
 
@@ -210,9 +223,12 @@ class DynamicAssigner(RunningMeans):
 
         Raises:
             HeadNotFoundError: the head is no longer part of its model.
+            RankError: ranks differ, or another one raised an error; on every rank but that one.
             HyperprotoWarning: once for each cause, what was probably not meant, such as that no batch came.
             AssignmentError: the model returned NaN or infinity for half of the samples or more, with the labels, or
-                state of one rank that was written over another's; the same on every rank. Means and assignment stay.
+                state of one rank that was written over another's; the same on every rank.
+
+            Means and assignment stay as they were.
         """
         started = time.perf_counter()
         head, group = self.head, self.process_group
@@ -221,6 +237,7 @@ class DynamicAssigner(RunningMeans):
         with agreement(device, advice=ADVICE, process_group=group) as facts:
             head.placement.check(head)
             self._heads = self._oversights.heads(self._heads)
+            check_whole(head.assignment, "the head's assignment")
             if head.assignment.is_meta:
                 raise AssignmentError("expected a model to step, got one without values. Load a checkpoint first.")
             # A rank without a batch has not followed the model yet, and NCCL takes no tensor of the CPU.
@@ -244,7 +261,7 @@ class DynamicAssigner(RunningMeans):
             solver=solution.method,
             optimal=solution.optimal,
             seconds=time.perf_counter() - started,
-            equiangular=is_simplex(head.bank.prototypes),
+            equiangular=is_simplex(head.bank()),
             packed_moved=packed_labels(moved),
             packed_unseen=packed_labels(~means.any(dim=1).cpu()),
         )
@@ -259,7 +276,7 @@ class DynamicAssigner(RunningMeans):
             "the number of labels": self.num_classes,
             "the dimension": self.dim,
             "the number of prototypes": bank.num_prototypes,
-            "the prototypes": bank.prototypes,
+            "the prototypes": bank(),
             "the assignment": self.head.assignment,
             "whether it is frozen": int(self.frozen),
             **super()._facts(),
@@ -268,7 +285,7 @@ class DynamicAssigner(RunningMeans):
     def _solve(self, combined: Combined) -> AssignmentSolution:
         check_finite(combined.sums, combined.total, combined.lost)
         head, means = self.head, combined.means.cpu()
-        prototypes, current = head.bank.prototypes.cpu(), head.assignment.cpu()
+        prototypes, current = head.bank().cpu(), head.assignment.cpu()
         if bool(self.frozen):
             similarity = total_similarity(means, prototypes, current)
             return AssignmentSolution(current, similarity, similarity, optimal=False, method="frozen")

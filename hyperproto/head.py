@@ -9,6 +9,7 @@ from hyperproto.arguments import choice, seed_number, shown, whole_number
 from hyperproto.bank import PrototypeBank
 from hyperproto.codebook import Codebook, TrainingOutput
 from hyperproto.errors import ArgumentError, BankError, NotLinearError
+from hyperproto.precision import check_full_precision
 from hyperproto.projection import (
     Projection,
     be_leaf_,
@@ -135,6 +136,7 @@ class HypersphericalHead(Codebook):
     def embed(self, features: Tensor) -> Tensor:
         """(..., in_features) -> (..., D) unit rows in float32; a zero row stays zero."""
         if not torch.jit.is_scripting():
+            check_full_precision(self.logit_scale)
             check_features(features, self.in_features)
         # In rows: what torch.nn.SyncBatchNorm.convert_sync_batchnorm puts in takes the second dimension for channels.
         rows = self.projection(features.flatten(0, -2))

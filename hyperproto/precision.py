@@ -14,6 +14,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from hyperproto.errors import ShapeError
+
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """A context in which autocast of this device is off; costs nothing where it is off already.
@@ -62,3 +64,17 @@ def widest_float(device: torch.device) -> torch.dtype:
         torch.float64
     """
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def check_full_precision(scale: Tensor) -> None:
+    """Raise unless a buffer that no method of a module casts is float32 still.
+
+    Raises:
+        ShapeError: something has cast the buffers behind the module's back.
+    """
+    if scale.dtype != torch.float32:
+        raise ShapeError(
+            f"expected the head's buffers in float32, as every cast of a model leaves them, got {scale.dtype}: "
+            "FullyShardedDataParallel with MixedPrecision(buffer_dtype=...) casts them, and prototypes lose what no "
+            "cast brings back. Convert and wrap the model again, without buffer_dtype."
+        )

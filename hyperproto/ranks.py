@@ -6,6 +6,7 @@ Without other ranks every function here does nothing. A process group of None is
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hyperproto.errors import ArgumentError, AssignmentError, HyperprotoError, RankError
+from hyperproto.errors import ArgumentError, AssignmentError, HyperprotoError, RankError, ShapeError
 
 #: The ranks that share out the data.
 ProcessGroup = dist.ProcessGroup
@@ -202,6 +203,21 @@ def share_first_(tensor: Tensor, *, process_group: ProcessGroup | None = None) -
         shared = tensor.contiguous()
         dist.broadcast(shared, src=_first_rank(process_group), group=process_group)
         tensor.copy_(shared)
+
+
+def check_whole(tensor: Tensor, what: str) -> None:
+    """Raise if a buffer was made a tensor of a device mesh, parts or copies of which lie on several ranks.
+
+    Raises:
+        ShapeError: it was.
+    """
+    mesh = sys.modules.get("torch.distributed.tensor")
+    if mesh is not None and isinstance(tensor, mesh.DTensor):
+        raise ShapeError(
+            f"expected {what} to be a tensor of its rank alone, got a DTensor: distribute_module of "
+            "torch.distributed.tensor makes one of every buffer. Distribute the layers before the head instead of the whole model, or use "
+            "torch.distributed.fsdp.fully_shard, which leaves buffers alone."
+        )
 
 
 def add_up_ranks(tensors: list[Tensor], device: torch.device, *, process_group: ProcessGroup | None = None) -> None:

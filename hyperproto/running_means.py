@@ -202,8 +202,8 @@ class RunningMeans(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningMeans:
         before = dict(self.named_buffers())
-        widest = widest_float(fn(self.class_means[:0]).device)
-        super()._apply(_narrowing(keeping_dtype(fn), widest), recurse)  # type: ignore[no-untyped-call]
+        super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
+        widest = widest_float(self.class_means.device)
         for name in COUNTS:
             self._buffers[name] = getattr(self, name).to(widest)
         if any(_values_lost(buffer, getattr(self, name)) for name, buffer in before.items()):
@@ -277,11 +277,6 @@ class RunningMeans(nn.Module):
                 f"the checkpoint's {prefix}class_means were kept with {saved}, this assigner has {own_momentum}. "
                 "Make the assigner with the checkpoint's momentum before loading."
             )
-
-
-def _narrowing(function: Callable[[Tensor], Tensor], widest: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """`function`, which moves tensors, given in float32 what would be wider where it moves them to."""
-    return lambda tensor: function(tensor.to(widest) if tensor.dtype == torch.float64 else tensor)
 
 
 def _values_lost(before: Tensor, after: Tensor) -> bool:

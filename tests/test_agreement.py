@@ -9,6 +9,9 @@ import torch
 import torch.distributed as dist
 from ranks import run_on_ranks, run_on_unequal_machines
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
+from torch.distributed.tensor import distribute_module
 from torch.nn.functional import normalize
 
 from hyperproto import (
@@ -21,6 +24,7 @@ from hyperproto import (
     HypersphericalHead,
     PrototypeBank,
     RankError,
+    ShapeError,
     convert_model,
     restore_model,
 )
@@ -379,3 +383,43 @@ def test_without_ranks_a_pickle_of_an_assigner_goes_on():
     assigner.step()
     assert issubclass(RankError, RuntimeError)
     assert assigner.process_group is None
+
+
+# Models whose buffers something else has changed
+
+
+def assigner_of_distributed_tensors(rank: int, distributed_first: bool) -> list[str]:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, NUM_CLASSES))
+    convert_model(model, classifier="2", dim=4)
+    assigner = None if distributed_first else DynamicAssigner(model)
+    distribute_module(model, init_device_mesh("cpu", (2,)))
+    return error_of(lambda: DynamicAssigner(model) if assigner is None else assigner.step())
+
+
+@pytest.mark.parametrize("distributed_first", [True, False])
+def test_a_model_whose_buffers_are_of_a_mesh_is_refused(distributed_first):
+    for error in run_on_ranks(assigner_of_distributed_tensors, 2, distributed_first):
+        assert error[0] == ShapeError.__name__
+        assert "Distribute the layers before the head" in error[1]
+
+
+def forward_with_cast_buffers(rank: int, projection: str, buffer_dtype: torch.dtype | None) -> list[str]:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, NUM_CLASSES))
+    convert_model(model, classifier="2", dim=4, projection=projection)
+    policy = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, buffer_dtype=buffer_dtype)
+    wrapped = FullyShardedDataParallel(model, device_id=CPU, mixed_precision=policy, use_orig_params=True)
+    inputs = torch.randn(4, 6)
+    if buffer_dtype is not None:
+        return error_of(lambda: wrapped(inputs))
+    logits = wrapped(inputs)
+    BalancedLoss(DynamicAssigner(wrapped))(logits, torch.arange(4)).backward()
+    return [str(logits.dtype)]
+
+
+@pytest.mark.parametrize("projection", ["linear", "linear+bn"])
+def test_buffers_that_a_wrapper_casts_are_refused_and_the_advice_works(projection):
+    for error in run_on_ranks(forward_with_cast_buffers, 2, projection, torch.bfloat16):
+        assert error[0] == ShapeError.__name__
+        assert "torch.bfloat16" in error[1]
+        assert "without buffer_dtype" in error[1]
+    assert run_on_ranks(forward_with_cast_buffers, 2, projection, None) == [["torch.float32"]] * 2

@@ -663,16 +663,25 @@ def test_banks_that_nearly_agree_are_not_shared(difference):
         DynamicAssigner(heads)
 
 
-def test_the_record_of_a_step_takes_four_bytes_a_label():
+def test_the_record_of_a_step_takes_two_bits_a_label():
     head = HypersphericalHead(4, 2000, dim=4, projection="none", bank="random")
     assigner = DynamicAssigner(head)
     assigner.update(head.bank.prototypes[:1500].flip(0), torch.arange(1500))
     sizes = [len(pickle.dumps(assigner.history))]
+    before = head.assignment.clone()
     step = assigner.step()
     sizes.append(len(pickle.dumps(assigner.history)))
     assert step.unseen == tuple(range(1500, 2000))
-    assert sizes[1] - sizes[0] < 4 * (len(step.unseen) + len(step.moved_labels)) + 1000
+    assert step.moved_labels == tuple(torch.nonzero(head.assignment != before).flatten().tolist()) != ()
+    assert sizes[1] - sizes[0] < 2 * 2000 / 8 + 1000
     assert copy.deepcopy(step) == step
+
+
+def test_the_history_ends_somewhere():
+    assigner = DynamicAssigner(HypersphericalHead(4, 6, projection="none"))
+    assigner.update(unit_rows(6, 4), torch.arange(6))
+    steps = [assigner.step() for _ in range(1003)]
+    assert assigner.history == tuple(steps[3:])
 
 
 def test_reports_load_beside_the_weights_of_a_checkpoint():
