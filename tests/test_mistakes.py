@@ -24,6 +24,7 @@ from hyperproto import (
     PrototypeBank,
     PrototypeCrossEntropyLoss,
     convert_model,
+    fit_logit_scale,
 )
 from hyperproto.testing import SEEDS
 
@@ -60,6 +61,19 @@ class Loop:
             self.optimizer.step()
             self.model.zero_grad()
         return self.assigner.step()
+
+
+@pytest.mark.parametrize("decorate", [lambda call: call, torch.no_grad()])
+def test_warnings_point_at_the_line_that_calls_the_library(decorate):
+    model, (features, labels) = make_model(), batch()
+    target = 100 * nn.functional.one_hot(labels, 4).float()
+    actions = [
+        decorate(lambda: BalancedLoss(model)(model(features), target)),
+        decorate(lambda: fit_logit_scale(model, [(features, model.eval()(features).argmax(dim=1))])),
+        decorate(lambda: PrototypeBank.from_tensor([[1, 0], [1, 0], [0, 1]])),
+    ]
+    for action in actions:
+        assert len(told(action)) == 1  # of this file's lines
 
 
 # What a step tells
