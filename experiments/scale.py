@@ -74,8 +74,8 @@ class LearnedScale(nn.Module):
 def runs(suite: str) -> Iterator[dict[str, Any]]:
     """Scale, rate, dimension and seed of each run, in order of worth."""
     for seed in SEEDS[suite]:
-        for rate in RATES:
-            for scale in SCALES:
+        for scale in SCALES:
+            for rate in RATES:
                 for dim in DIMS:
                     if (scale, dim) != ("default", NUM_CLASSES):  # which is 9.1
                         yield {"suite": suite, "scale": scale, "rate": rate, "dim": dim, "seed": seed}
