@@ -53,7 +53,8 @@ class HypersphericalHead(Codebook):
         projection: "none" uses the features themselves (needs dim == in_features); "linear" a bias-free linear map,
             so that scaling the features changes no logit; "linear+bn" the same with batch norm before the
             normalisation; "auto" is "linear+bn".
-        logit_scale: s > 0; by default such that a sample on its prototype gets a probability of about 0.99.
+        logit_scale: s > 0; by default such that a sample on its prototype gets a probability of 0.99 from a simplex,
+            and smaller in few dimensions (`separation.default_logit_scale`).
         training_output: "logits", or "embedding": in train mode return z (B, D), so that this library's losses cost
             O(B D) whatever C is. In eval mode logits are returned in either case.
         seed: of the bank, and of the projection's start, which are independent of each other.
