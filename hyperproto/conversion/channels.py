@@ -12,6 +12,7 @@ class ChannelsFirstHead(HypersphericalHead):
     state and `embed`, which takes rows (..., in_features), are those of the base class.
 
     Examples:
+        >>> import torch
         >>> ChannelsFirstHead(8, 4, dim=3)(torch.randn(2, 8, 5, 6)).shape
         torch.Size([2, 4, 5, 6])
     """
