@@ -215,8 +215,8 @@ def check_whole(tensor: Tensor, what: str) -> None:
     if mesh is not None and isinstance(tensor, mesh.DTensor):
         raise ShapeError(
             f"expected {what} to be a tensor of its rank alone, got a DTensor: distribute_module of "
-            "torch.distributed.tensor makes one of every buffer. Distribute the layers before the head instead of the whole model, or use "
-            "torch.distributed.fsdp.fully_shard, which leaves buffers alone."
+            "torch.distributed.tensor makes one of every buffer. Distribute the layers before the head instead of the "
+            "whole model, or use torch.distributed.fsdp.fully_shard, which leaves buffers alone."
         )
 
 
