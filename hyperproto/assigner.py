@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import weakref
 from collections import deque
 from collections.abc import Sequence
 from typing import get_args
@@ -16,9 +15,10 @@ from hyperproto.assignment_step import AssignmentStep, packed_labels
 from hyperproto.class_means import check_finite
 from hyperproto.errors import ArgumentError, AssignmentError, LabelError
 from hyperproto.head import HypersphericalHead
-from hyperproto.heads import require_heads
+from hyperproto.heads import require_heads, unwrapped
 from hyperproto.matching.problem import total_similarity
 from hyperproto.matching.solve import AssignmentMethod, AssignmentSolution, solve_assignment
+from hyperproto.module_ref import ModuleRef
 from hyperproto.oversights import NUM_NOTICED, Oversights, count_batch_
 from hyperproto.ranks import Fact, ProcessGroup, agreement, check_whole, decided_by_first, fingerprint, share_first_
 from hyperproto.readout import Readout
@@ -119,7 +119,7 @@ class DynamicAssigner(RunningMeans):
         self._heads = heads
         self.solver: AssignmentMethod = solver
         self._history: deque[AssignmentStep] = deque(maxlen=KEPT_STEPS)
-        self._oversights = Oversights(weakref.ref(source))
+        self._oversights = Oversights(ModuleRef(unwrapped(source)))
         head = self.head
         # Where the next matching starts from. It saves time and decides nothing: not part of the state_dict.
         prices = torch.zeros(head.bank.num_prototypes, dtype=torch.float32, device=self.class_means.device)
@@ -236,7 +236,7 @@ class DynamicAssigner(RunningMeans):
         self._group.check()
         with agreement(device, advice=ADVICE, process_group=group) as facts:
             head.placement.check(head)
-            self._oversights.check_source(head)
+            self._heads = self._oversights.heads(self._heads)
             check_whole(head.assignment, "the head's assignment")
             if head.assignment.is_meta:
                 raise AssignmentError("expected a model to step, got one without values. Load a checkpoint first.")

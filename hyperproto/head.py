@@ -42,9 +42,8 @@ class HypersphericalHead(Codebook):
     `assignment` (an integer buffer, gathered at use, so that averaging weights cannot blend two assignments).
     Everything from the normalisation on is computed in float32, also under autocast and in half-precision models.
 
-    timm's `ModelEmaV3` and torch's `AveragedModel` copy integers, so that an average carries the latest assignment.
-    With `use_buffers=True` torch averages integers too, and the averaged head raises at evaluation until it is given
-    the model's assignment again, `averaged_head.assign_(head.assignment)`.
+    The assignment comes through averages of weights and checkpoints as it is, or evaluation raises: see
+    `hyperproto.assignment_record`.
 
     Args:
         in_features: width of the features that come in.
@@ -54,7 +53,8 @@ class HypersphericalHead(Codebook):
         projection: "none" uses the features themselves (needs dim == in_features); "linear" a bias-free linear map,
             so that scaling the features changes no logit; "linear+bn" the same with batch norm before the
             normalisation; "auto" is "linear+bn".
-        logit_scale: s > 0; by default such that a sample on its prototype gets a probability of about 0.99.
+        logit_scale: s > 0; by default such that a sample on its prototype gets a probability of 0.99 from a simplex,
+            and smaller in few dimensions (`separation.default_logit_scale`).
         training_output: "logits", or "embedding": in train mode return z (B, D), so that this library's losses cost
             O(B D) whatever C is. In eval mode logits are returned in either case.
         seed: of the bank, and of the projection's start, which are independent of each other.
@@ -69,7 +69,8 @@ class HypersphericalHead(Codebook):
         ArgumentError: an option outside its range.
         BankError: the bank cannot be built or does not fit.
         ShapeError: at call, for features of another width.
-        AssignmentError: at call, in eval mode or under `no_grad`, where `assignment` was overwritten by no assignment.
+        AssignmentError: at call, in eval mode or under `no_grad`, where the buffers are an average over different
+            assignments, or `assignment` was overwritten by none.
 
     Examples:
         >>> head = HypersphericalHead(64, 10, dim=5)

@@ -22,6 +22,7 @@ from hyperproto.head import HypersphericalHead
 from hyperproto.heads import require_heads
 from hyperproto.precision import keeping_dtype
 from hyperproto.readout import Readout
+from hyperproto.separation import default_logit_scale
 from hyperproto.targets import IGNORE_INDEX, Target, is_seen, largest_total
 from hyperproto.telling import tell
 
@@ -210,8 +211,9 @@ class PrototypeCrossEntropyLoss(PrototypeLoss):
 
     Args:
         source: a `DynamicAssigner` (fed by the loss), a converted model, or a head.
-        scale: inverse temperature s > 0 of the loss; independent of the head's `logit_scale`. Probabilities are
-            those of the latter: `fit_logit_scale` afterwards.
+        scale: inverse temperature s > 0 of the loss; by default that which a head on this bank starts with
+            (`separation.default_logit_scale`), whatever `logit_scale` is now. Probabilities are those of the latter:
+            `fit_logit_scale` afterwards.
         label_smoothing: in [0, 1].
         weight: (C,) weights of the labels, or a dictionary of them by label; the mean is then that of
             `torch.nn.CrossEntropyLoss`.
@@ -237,13 +239,15 @@ class PrototypeCrossEntropyLoss(PrototypeLoss):
         self,
         source: nn.Module,
         *,
-        scale: float = 16.0,
+        scale: float | None = None,
         label_smoothing: float = 0.0,
         weight: Tensor | None = None,
         ignore_index: int = IGNORE_INDEX,
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__(source, ignore_index=ignore_index, reduction=reduction)
+        if scale is None:
+            scale = default_logit_scale(self.head.bank.prototypes, self.head.num_classes)
         self.scale = positive_number(scale, "scale")
         self.label_smoothing = share(label_smoothing, "label_smoothing")
         weights = None if weight is None else class_weights(weight, self.head.num_classes)

@@ -189,7 +189,7 @@ WRONG = {
 
 
 #: What can be meant after all.
-TAKEN = {("labels to forget", "empty list")}
+TAKEN = {("labels to forget", "empty list"), ("scale", "None"), ("scale of the pure form", "None")}
 
 
 def outcome(call, value) -> str:

@@ -21,6 +21,7 @@ LAYERS = [
     "arguments",
     "precision",
     "modes",
+    "module_ref",
     "sphere",
     "bounds",
     "targets",
@@ -69,7 +70,6 @@ INNER_LAYERS = {
     ],
     "matching": ["problem", "dense", "candidates", "prices", "sparse", "solve", "swaps", "procrustes"],
     "conversion": [
-        "module_ref",
         "hooks",
         "locate",
         "channels",

@@ -634,7 +634,6 @@ def test_what_comes_out_of_lbfgs_worse_is_not_written(compress, broken, monkeypa
         with pytest.warns(HyperprotoWarning) as caught:
             assert refit_head(model, batched(features, labels)).accuracy == 1.0
         assert any("the present one stays" in str(each.message) for each in caught)
-        assert all(each.filename == __file__ for each in caught)
         assert_same_state(head.projection, before)
 
 

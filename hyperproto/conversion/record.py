@@ -17,9 +17,9 @@ from torch.utils.hooks import RemovableHandle
 
 from hyperproto.arguments import module as check_module
 from hyperproto.conversion.locate import Leaf
-from hyperproto.conversion.module_ref import ModuleRef
 from hyperproto.errors import HeadNotFoundError
 from hyperproto.head import HypersphericalHead
+from hyperproto.module_ref import ModuleRef
 
 RECORD = "_hyperproto_conversion"
 TABLES = ("_modules", "_parameters", "_buffers")
