@@ -60,7 +60,7 @@ def test_energy_options_reach_the_construction():
         ({"method": "given"}, "from_tensor"),
         ({"power": 1}, 'options of method="energy"'),
         ({"method": "uniform", "half_space": True}, 'options of method="energy"'),
-        ({"method": "energy", "power": 3}, "0, 1 or 2, got 3"),
+        ({"method": "energy", "power": 3}, r"in \[0, 2\], got power=3"),
         ({"num_prototypes": 1}, "at least 2 prototypes, got 1"),
         ({"dim": 1}, "dim=1.*two directions"),
         ({"num_prototypes": 20, "method": "simplex"}, 'method="auto"'),
