@@ -155,6 +155,16 @@ def test_coincident_prototypes_report_an_angle_of_zero():
     assert PrototypeBank.from_tensor(torch.ones(3, 3)).report().min_angle_deg == pytest.approx(0, abs=0.05)
 
 
+@pytest.mark.filterwarnings("ignore:1 prototypes of 2 equal others:hyperproto.HyperprotoWarning")
+@given(seed=st.integers(0, 2**32 - 1), dim=st.integers(2, 40))
+def test_rounding_takes_no_cosine_out_of_range(seed, dim):
+    row = torch.randn(dim, generator=torch.Generator().manual_seed(seed))
+    for other, angle in ((row, 0.0), (-row, 180.0)):
+        report = PrototypeBank.from_tensor(torch.stack([row, other])).report()
+        assert -1.0 <= report.max_cosine <= 1.0
+        assert report.min_angle_deg == pytest.approx(angle, abs=0.1)
+
+
 # From class vectors
 
 
