@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hyperproto.arguments import choice, matrix, positive_number, whole_number
+from hyperproto.arguments import as_tensor, choice, matrix, positive_number, whole_number
 from hyperproto.assigned_bank import AssignedBank
 from hyperproto.bank import PrototypeBank, has_values
 from hyperproto.errors import CheckpointError, ShapeError
@@ -107,6 +107,7 @@ class Codebook(AssignedBank):
         widths = (self.num_classes, self.dim)
         if not isinstance(output, Tensor) or output.dim() < 2 or output.shape[self.class_dim] not in widths:
             raise ShapeError(self._why_no_output(output))
+        output = as_tensor(output, "the output")
         if not output.is_floating_point():
             raise ShapeError(f"expected an output in a floating dtype, as the model returns it, got {output.dtype}.")
         returned_embeddings = self.training and self.training_output == "embedding"
@@ -146,8 +147,11 @@ class Codebook(AssignedBank):
             logits: (B, C).
 
         Raises:
-            ShapeError: the head was made with training_output="embedding", and does not keep what this takes.
+            ShapeError: logits of another shape; or the head was made with training_output="embedding", and does not
+                keep what this takes.
         """
+        num_classes = self.num_classes
+        logits = matrix(logits, f"logits of shape (B, {num_classes})", smallest=(0, 1), width=num_classes)
         return self._readout(logits, is_embedding=False).embeddings()
 
     @torch.no_grad()
@@ -171,9 +175,7 @@ class Codebook(AssignedBank):
             >>> labels[:, 0].tolist()
             [0, 1, 2, 3]
         """
-        embeddings = matrix(embeddings, f"embeddings of shape (B, {self.dim})", smallest=(0, 1))
-        if embeddings.shape[1] != self.dim:
-            raise ShapeError(f"expected embeddings of shape (B, {self.dim}), got {tuple(embeddings.shape)}.")
+        embeddings = matrix(embeddings, f"embeddings of shape (B, {self.dim})", smallest=(0, 1), width=self.dim)
         k = whole_number(k, "k", smallest=1, largest=self.num_classes)
         check_unit_rows(embeddings)
         self._look()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hyperproto.arguments import as_tensor
 from hyperproto.errors import ShapeError
 from hyperproto.precision import full_precision, keeping_dtype
 
@@ -131,14 +132,17 @@ def be_leaf_(module: nn.Module) -> None:
 
 
 def check_features(features: Tensor, in_features: int) -> None:
-    """Raise unless the last dimension of `features` is `in_features` wide.
+    """Raise unless `features` are dense floating-point rows of width `in_features`.
 
     Raises:
-        ShapeError: it is not.
+        ShapeError: they are not.
     """
     # A shape is a tensor there, and a look at its value would end in a warning.
     if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
         return
+    features = as_tensor(features, f"features of shape (B, ..., {in_features})")
+    if not features.is_floating_point():
+        raise ShapeError(f"HypersphericalHead expects features in a floating dtype, got {features.dtype}.")
     if features.dim() < 2 or features.shape[-1] != in_features:
         raise ShapeError(
             f"HypersphericalHead expects features of shape (B, ..., {in_features}), got {tuple(features.shape)}. "

@@ -159,6 +159,16 @@ def test_what_is_read_is_what_forward_computes(kind):
     torch.testing.assert_close((rows.double() @ matrix.T + shift).float(), projection(rows), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["adapter", "two layers"])
+def test_a_projection_is_asked_in_its_own_dtype(kind, dtype):
+    projection = with_statistics(ASKED[kind]()).to(dtype)
+    matrix, shift = affine(projection, FEATURES)
+    rows = torch.randn(33, FEATURES, dtype=dtype)
+    found, expected = rows.double() @ matrix.T + shift, projection(rows).double()
+    torch.testing.assert_close(found, expected, atol=100 * torch.finfo(dtype).eps, rtol=30 * torch.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_is_not_affine_is_refused(kind):
     with pytest.raises(ArgumentError, match=r"computes A x \+ b"):
