@@ -372,7 +372,6 @@ MEANT: list[tuple[set[str], list[str]]] = [
             "solve_assignment: weights",
         ],
     ),
-    ({"huge"}, ["PrototypeCrossEntropyLoss: scale", "prototype_cross_entropy: scale"]),
     ({"None", "module"}, ["describe: criterion", "check_loss: head"]),
     ({"module"}, ["get_heads: model"]),
     (
