@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hyperproto.arguments import as_tensor, choice, matrix, positive_number, whole_number
@@ -21,6 +21,9 @@ from hyperproto.targets import has_memory
 from hyperproto.telling import tell
 
 TrainingOutput = Literal["logits", "embedding"]
+
+#: Before the names of an assigner's entries in the `state_dict` of a head that it is attached to.
+ASSIGNER = "assigner."
 
 #: Classes that `Codebook.topk` compares at a time.
 TOPK_CHUNK = 16_384
@@ -77,6 +80,7 @@ class Codebook(AssignedBank):
             )
         self.training_output = training_output
         self.placement = Placement()
+        self._attached: tuple[Any, ...] = ()  # in a tuple, so that it becomes no submodule
         #: Where `logit_scale` began, which tells whether anything has fitted it since.
         self.initial_logit_scale = logit_scale
         self.register_buffer("logit_scale", torch.tensor(logit_scale, dtype=torch.float32, device="cpu"))
@@ -190,6 +194,10 @@ class Codebook(AssignedBank):
             labels = labels.gather(1, order)
         return best, labels
 
+    def attach(self, assigner: nn.Module) -> None:
+        """Let the checkpoint of this head bring back the state of an assigner, where it holds one."""
+        self._attached = (assigner,)
+
     def check_checkpoint(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """As of the base class, and the scale.
 
@@ -197,6 +205,8 @@ class Codebook(AssignedBank):
             CheckpointError: a scale that is not positive and finite.
         """
         super().check_checkpoint(state_dict, prefix)
+        for assigner in self._attached:
+            assigner.check_checkpoint(state_dict, prefix + ASSIGNER)
         scale = state_dict.get(prefix + "logit_scale")
         if scale is not None and not scale.is_meta and not 0.0 < float(scale) < math.inf:
             raise CheckpointError(
@@ -266,7 +276,8 @@ class Codebook(AssignedBank):
         self._follow_bank()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_anchored": ()}  # of these tensors, not of a copy's
+        # Of these tensors, not of a copy's; and a copy has no assigner.
+        return {**super().__getstate__(), "_anchored": (), "_attached": ()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Codebook":
         self._give_anchors_a_place()
@@ -283,6 +294,10 @@ class Codebook(AssignedBank):
         name = prefix + "logit_scale"
         if name in state_dict:  # assign=True takes the dtype that comes
             state_dict[name] = state_dict[name].to(self.logit_scale.dtype)
+        of_assigner = [name for name in state_dict if name.startswith(prefix + ASSIGNER)]
+        entries = {name.removeprefix(prefix + ASSIGNER): state_dict.pop(name) for name in of_assigner}
+        for assigner in self._attached if entries else ():
+            assigner.load_state_dict(entries)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _give_anchors_a_place(self) -> None:

@@ -133,7 +133,8 @@ CALLS: dict[str, Callable[[], tuple[Callable[..., object], dict[str, Any]]]] = {
     "PrototypeBank.from_tensor": lambda: (PrototypeBank.from_tensor, {"prototypes": EYE}),
     "PrototypeBank.from_class_vectors": lambda: (PrototypeBank.from_class_vectors, {"vectors": EYE, "dim": 2}),
     "DynamicAssigner": lambda: (
-        DynamicAssigner, {"source": make_head(), "momentum": 0.9, "solver": "auto", "process_group": None}),
+        DynamicAssigner, {"source": make_head(), "momentum": 0.9, "solver": "auto", "process_group": None,
+         "attach": True, "step_every": 2}),
     "DynamicAssigner.update": lambda: (
         DynamicAssigner(make_head()).update, {"output": outputs(), "target": LABELS, "ignore_index": -100}),
     "DynamicAssigner.forget": lambda: (DynamicAssigner(make_head()).forget, {"labels": [1, 2]}),
@@ -188,6 +189,7 @@ INTERNAL = {
     "DynamicAssigner.check_checkpoint",
     "DynamicAssigner.feed",
     "DynamicAssigner.leave_out",
+    "HypersphericalHead.attach",
     "HypersphericalHead.check_checkpoint",
     "HypersphericalHead.like",
     "HypersphericalHead.train",
@@ -295,6 +297,7 @@ MEANT: list[tuple[set[str], list[str]]] = [
         [
             "HypersphericalHead: dim",
             "DynamicAssigner: process_group",
+            "DynamicAssigner: step_every",
             "convert_model: dim",
             "convert_model: num_classes",
             "solve_assignment: current",
@@ -359,7 +362,15 @@ MEANT: list[tuple[set[str], list[str]]] = [
             "prototype_cross_entropy: cosines",
         ],
     ),
-    ({"bool"}, ["PrototypeBank: half_space", "convert_model: warm_start", "hyperspherical_energy: half_space"]),
+    (
+        {"bool"},
+        [
+            "DynamicAssigner: attach",
+            "PrototypeBank: half_space",
+            "convert_model: warm_start",
+            "hyperspherical_energy: half_space",
+        ],
+    ),
     ({"None", "zero"}, ["DynamicAssigner: momentum"]),
     ({"empty list", "empty tensor"}, ["DynamicAssigner.forget: labels"]),
     (
