@@ -95,8 +95,8 @@ def test_tf32_that_the_user_allows_rounds_factors_and_nothing_else(device, tf32,
     cosines = head(features).double().cpu() / float(head.logit_scale)
     record_property("error_of_cosines", float((cosines - exact_cosines(head, features)).abs().max()))
     error = (cosines - embeddings.double().cpu() @ head.class_prototypes.double().cpu().T).abs().max()
-    # Unit rows, each factor rounded to 11 bits.
-    assert error < 2**-10 + FLOAT32
+    # Unit rows, each factor cut to 11 bits.
+    assert error < 2**-9 + FLOAT32
     assert (embeddings.double().norm(dim=1) - 1.0).abs().max() < FLOAT32
 
 
