@@ -86,7 +86,8 @@ class RowBatchNorm(nn.BatchNorm1d):
     A batch of fewer than two rows has no variance: the running statistics serve it, as in eval mode, where
     `nn.BatchNorm1d` raises. A batch with infinity or NaN leaves the running statistics as they were. With
     `track_running_stats` switched off they stay as they are in train mode, and where there are none the batch's serve
-    in eval mode too, both as in `nn.BatchNorm1d`.
+    in eval mode too, both as in `nn.BatchNorm1d`. What `convert_sync_batchnorm` puts in its place is torch's own, in
+    which a batch with infinity leaves its trace, as it does in every other batch norm of the model.
 
     Examples:
         >>> RowBatchNorm(3)(torch.ones(1, 3)).shape
