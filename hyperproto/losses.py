@@ -23,7 +23,7 @@ from hyperproto.heads import require_heads
 from hyperproto.precision import keeping_dtype
 from hyperproto.readout import Readout
 from hyperproto.separation import default_logit_scale
-from hyperproto.targets import IGNORE_INDEX, Target, is_seen, largest_total, read_target
+from hyperproto.targets import IGNORE_INDEX, Target, is_seen, largest_total
 from hyperproto.telling import tell
 
 #: Soft targets of a sample may add up to this: sums of a thousand shares in bfloat16 are off 1 by less.
@@ -60,20 +60,23 @@ class PrototypeLoss(nn.Module):
         The assigner is fed where gradients are on and both criterion and head are in train mode, so that validation
         with the same criterion leaves it alone.
 
+        Each position of a feature map, or of a sequence of tokens, is a sample where the head returns an output for
+        it: the loss is that over all positions, as if they were a batch of rows.
+
         Args:
-            output: (B, C) logits, not probabilities, or (B, D) embeddings.
-            target: labels (B,) int64 or soft targets (B, C) whose rows add up to 1.
+            output: (B, C) logits, not probabilities, or (B, D) embeddings. Of positions what the head returns:
+                (B, ..., C), or (B, C, H, W) from a head over feature maps.
+            target: labels (B,) int64 or soft targets (B, C) whose rows add up to 1. Of positions labels (B, ...), and
+                soft targets with C where the output has it.
 
         Returns:
-            () or, for reduction "none", (B,) float32.
+            () or, for reduction "none", a float32 number for each sample or position, (B,) or (B, ...).
 
         Raises:
             ShapeError, ArgumentError, LabelError: output or target do not fit; nothing has changed then.
         """
         readout = self.head.read(output)
-        checked = read_target(
-            target, output.shape[0], self.head.num_classes, output.device, ignore_index=self.ignore_index
-        )
+        checked = readout.read_target(target, ignore_index=self.ignore_index)
         self._check_total(checked)
         loss = self._loss(readout, checked)
         if self.assigner is not None and torch.is_grad_enabled():
@@ -81,7 +84,7 @@ class PrototypeLoss(nn.Module):
                 self.assigner.feed(readout, checked)
             else:
                 self.assigner.leave_out(criterion_trains=self.training)
-        return loss
+        return loss.reshape(readout.shape) if self.reduction == "none" else loss
 
     def extra_repr(self) -> str:
         """What `repr` shows."""
@@ -259,6 +262,6 @@ class PrototypeCrossEntropyLoss(PrototypeLoss):
             scale=self.scale,
             label_smoothing=self.label_smoothing,
             weight=self.weight,
-            ignore_index=self.ignore_index,
+            kept=target.kept,
             reduction=self.reduction,
         )

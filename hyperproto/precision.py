@@ -14,6 +14,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from hyperproto.errors import ShapeError
+
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """A context in which autocast of this device is off; costs nothing where it is off already.
@@ -33,13 +35,46 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
 def keeping_dtype(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """`function` as `nn.Module._apply` gets it, less its change of dtype: moves between devices still happen.
 
+    What is in float64 is in float32 on a device that has no other.
+
     Examples:
         >>> keeping_dtype(torch.Tensor.half)(torch.ones(1)).dtype
         torch.float32
     """
 
     def moved(tensor: Tensor) -> Tensor:
-        result = function(tensor)
-        return result if result.dtype == tensor.dtype else tensor.to(result.device)
+        try:
+            result = function(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+        except TypeError:  # what torch says of float64 on a device without
+            if tensor.dtype != torch.float64:
+                raise
+            return moved(tensor.float())
 
     return moved
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that has no float64 (Apple's GPUs): what counts are kept in.
+
+    float32 cannot tell 16,777,217 from 16,777,216.
+
+    Examples:
+        >>> widest_float(torch.device("cpu"))
+        torch.float64
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def check_full_precision(scale: Tensor) -> None:
+    """Raise unless a buffer that no method of a module casts is float32 still.
+
+    Raises:
+        ShapeError: something has cast the buffers behind the module's back.
+    """
+    if scale.dtype != torch.float32:
+        raise ShapeError(
+            f"expected the head's buffers in float32, as every cast of a model leaves them, got {scale.dtype}: "
+            "FullyShardedDataParallel with MixedPrecision(buffer_dtype=...) casts them, and prototypes lose what no "
+            "cast brings back. Convert and wrap the model again, without buffer_dtype."
+        )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from losses import COUNTS, LOSSES
 from torch import nn
 
 from hyperproto import (
@@ -27,22 +28,10 @@ from hyperproto.readout import Readout
 from hyperproto.targets import Target, to_look_up
 from hyperproto.testing import SEEDS, check_loss, heads
 
-COUNTS = torch.tensor([500, 120, 40, 12, 7, 5])
-
-#: Every loss of the library: a new one is named here, and all that follows holds for it.
-LOSSES = {
-    "balanced": BalancedLoss,
-    "long tail, per batch": LongTailLoss,
-    "long tail, global": lambda source, **kwargs: LongTailLoss(source, class_counts=COUNTS, **kwargs),
-    "cross-entropy": lambda source, **kwargs: PrototypeCrossEntropyLoss(source, scale=16.0, **kwargs),
-    "cross-entropy, smoothed": lambda source, **kwargs: PrototypeCrossEntropyLoss(
-        source, scale=16.0, label_smoothing=0.1, **kwargs
-    ),
-}
 every_loss = pytest.mark.parametrize("make_loss", LOSSES.values(), ids=LOSSES.keys())
 
 
-def test_the_registry_above_holds_every_loss():
+def test_the_registry_holds_every_loss():
     assert {type(make(make_head())) for make in LOSSES.values()} == set(PrototypeLoss.__subclasses__())
 
 

@@ -1,7 +1,6 @@
 """What every loss and the assigner ask of the targets of a batch."""
 
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -133,7 +132,7 @@ def test_targets_in_per_cent_are_told_once_for_each_criterion(make_loss):
         loss = make_loss(make_head())
         with pytest.warns(HyperprotoWarning, match="adds up to 100") as caught:
             loss(embeddings(3), target)
-        assert [Path(one.filename) for one in caught] == [Path(__file__)]
+        assert len(caught) == 1
         loss(embeddings(3), target)  # a warning would be an error
 
 

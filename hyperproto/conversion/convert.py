@@ -7,12 +7,12 @@ import logging
 import torch
 from torch import nn
 
-from hyperproto.arguments import seed_number, whole_number
+from hyperproto.arguments import flag, seed_number, shown, whole_number
 from hyperproto.bank import PrototypeBank
 from hyperproto.codebook import TrainingOutput
 from hyperproto.conversion.channels import ChannelsFirstHead
 from hyperproto.conversion.describe import describe
-from hyperproto.conversion.loading import check_before_loading
+from hyperproto.conversion.loading import guard_loading
 from hyperproto.conversion.locate import (
     Leaf,
     check_unwrapped,
@@ -100,6 +100,9 @@ def convert_model(
         torch.Size([3, 4])
     """
     others = get_heads(model)
+    if classifier is not None and not isinstance(classifier, str):
+        raise ArgumentError(f"expected classifier to be the dotted name of a layer, got {shown(classifier)}.")
+    warm_start = flag(warm_start, "warm_start")
     _check_no_head_at(model, others, classifier)
     check_unwrapped(model)
     dim = None if dim is None else whole_number(dim, "dim")
@@ -130,7 +133,7 @@ def convert_model(
         record.requires_grad = before.changed_flags()
         earlier = model.__dict__.get(RECORD)
         if earlier is None:
-            record.load_check = check_before_loading(model)
+            record.load_check = guard_loading(model)
         else:
             record.add_earlier(earlier)
         model.__dict__[RECORD] = record

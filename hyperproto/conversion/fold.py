@@ -63,7 +63,6 @@ def to_linear(model: nn.Module) -> nn.Module:
     for change in record.changes:
         if change.table == "" and change.key in ("fuse", "reset_classifier"):
             change.undo()
-    head.retired = True
     if record.load_check is not None:
         record.load_check.remove()
     put_in_place(model, head, layer)

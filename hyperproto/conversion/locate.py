@@ -6,7 +6,6 @@ A layer is recognised by what the model says of itself (timm's `get_classifier` 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -121,13 +120,18 @@ def num_inputs(leaf: Leaf) -> int:
 
 
 def put_in_place(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Let `new` take the place of `old`, hooks included, under every name that the model has for it."""
+    """Let `new` take the place of `old`, hooks included, under every name that the model has for it.
+
+    What is bound to an old head raises from then on.
+    """
     hand_hooks_over(old, new)
     names = [name for name, module in model.named_modules(remove_duplicate=False) if module is old]
     for name in names:
         model.set_submodule(name, new)
+    if isinstance(old, HypersphericalHead):
+        old.placement.taken_out = True
     if isinstance(new, HypersphericalHead):
-        new._place = (weakref.ref(model), names[0])
+        new.placement.put_into(model, names[0])
 
 
 def is_leaf(module: object) -> bool:

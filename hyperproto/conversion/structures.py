@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from hyperproto.conversion.locate import Leaf, num_outputs
-from hyperproto.conversion.module_ref import ModuleRef
 from hyperproto.errors import HeadNotFoundError
+from hyperproto.module_ref import ModuleRef
 
 #: Classifiers beside the main one, with a loss of their own, by model class; only the number of classes matters.
 AUXILIARY_CLASSIFIERS = {

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hyperproto.conversion.channels import ChannelsFirstHead
-from hyperproto.errors import ArgumentError, ShapeError
-from hyperproto.fitting.features import evaluating, is_of_positions, run_batches, unwrapped
+from hyperproto.errors import ArgumentError
+from hyperproto.fitting.features import evaluating, run_batches, unwrapped
 from hyperproto.head import HypersphericalHead
 from hyperproto.heads import require_heads
 from hyperproto.ranks import ProcessGroup, add_up_ranks, check_member
@@ -120,11 +119,11 @@ def _sum_slopes(
     counts = torch.zeros(2, dtype=torch.float64, device="cpu")  # samples, and values that are not finite
     with evaluating(model, process_group=process_group):
         for output, target in run_batches(model, loader, head):
-            if is_of_positions(target):
-                output, target = _rows(output, target, head), target.flatten()
-            cosines = head.read(output).cosines()
+            readout = head.read(output)
+            target = readout.read_target(target.to(readout.output.device)).values
+            cosines = readout.cosines()
             counts += torch.tensor([len(cosines), int((~torch.isfinite(cosines)).sum())], device="cpu")
-            sums = _slopes_of(cosines, target.to(cosines.device), scales.tolist()).sum(dim=2).cpu().double()
+            sums = _slopes_of(cosines, target, scales.tolist()).sum(dim=2).cpu().double()
             slopes += sums[:, 0]
             curvatures += sums[:, 1]
     add_up_ranks([counts, slopes, curvatures], head.assignment.device, process_group=process_group)
@@ -166,13 +165,3 @@ def _slopes_of(cosines: Tensor, target: Tensor, scales: list[float]) -> Tensor:
         variance = torch.linalg.vecdot(shares, squares) / total - mean.square()
         slopes.append(torch.stack([weights * mean, weights * variance]))
     return torch.stack(slopes)
-
-
-def _rows(output: Tensor, target: Tensor, head: HypersphericalHead) -> Tensor:
-    """Logits (N, C) of each position that has a label in the target (B, ...)."""
-    rows = output.movedim(1, -1) if isinstance(head, ChannelsFirstHead) else output
-    if rows.shape[:-1] != target.shape:
-        raise ShapeError(
-            f"expected labels for all positions of the output, {tuple(rows.shape[:-1])}, got {tuple(target.shape)}."
-        )
-    return rows.flatten(0, -2)
