@@ -50,6 +50,7 @@ LAYERS = [
     "conversion",
     "fitting",
     "testing",
+    "timm",
 ]
 
 #: The same inside of folders.
@@ -108,6 +109,7 @@ INNER_LAYERS = {
         "properties",
         "loss_checks",
     ],
+    "timm": ["clipping", "names", "__main__"],
 }
 
 #: Longest file, in lines.
