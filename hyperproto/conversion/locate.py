@@ -191,9 +191,9 @@ def _names_behind_a_body(model: Any) -> list[str]:
     if type(model).__name__ == "TimmModel" and hasattr(model, "trunk"):
         own = _leaf_names("head", model.head)[-1:] if isinstance(getattr(model, "head", None), nn.Module) else []
         return own or [f"trunk.{name}" for name in known_names(model.trunk)]
-    if type(model) is nn.Sequential and len(model) == 2:
-        if any(type(part).__module__.startswith("fastai.") for part in model.modules()):
-            return _leaf_names("1", model[1])[-1:]
+    of_fastai = any(type(part).__module__.startswith("fastai.") for part in model.modules())
+    if type(model) is nn.Sequential and len(model) == 2 and of_fastai:
+        return _leaf_names("1", model[1])[-1:]
     return []
 
 

@@ -1,10 +1,10 @@
 """Models of timm and torchvision by name, converted as they are made: for scripts that nobody wants to edit.
 
 Importing this makes `hp_<name>` a name of every model that timm and torchvision know, also of those registered later:
-`timm.create_model("hp_resnet50", num_classes=100, hp_dim=50)`, `torchvision.models.get_model("hp_resnet50")`. Options are
-those of `convert_model`: `hp_dim`, `hp_bank`, `hp_projection`; and `hp_logit_scale`, the scale to start with, which
-fixes the temperature of a script's own cross-entropy. With `features_only=True` or `num_classes=0` it is the plain model.
-Only `list_models("hp_*")` lists these names.
+`timm.create_model("hp_resnet50", num_classes=100, hp_dim=50)`, `torchvision.models.get_model("hp_resnet50")`. Options
+are those of `convert_model`: `hp_dim`, `hp_bank`, `hp_projection`; and `hp_logit_scale`, the scale to start with, which
+fixes the temperature of a script's own cross-entropy. With `features_only=True` or `num_classes=0` it is the plain
+model. Only `list_models("hp_*")` lists these names.
 
 A folder that `timm.models.save_for_hf` has written for a converted model says `hp_<name>`, so that
 `timm.create_model("local-dir:FOLDER", pretrained=True)` brings the converted model back wherever this is imported. The

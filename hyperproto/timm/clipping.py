@@ -20,12 +20,14 @@ def spare_projections() -> None:
 
     timm takes the last two parameters of a model for weight and bias of its classifier. A projection has one or three.
     """
-    for module in (timm.models, timm.models._manipulate):
+    modules: tuple[Any, ...] = (timm.models, timm.models._manipulate)
+    for module in modules:
         module.model_parameters = _sparing(module.model_parameters, lambda model: model)
     if find_spec("timm.task"):  # where timm's own scripts ask, since it has tasks
-        for kind in vars(import_module("timm.task")).values():
-            if inspect.isclass(kind) and "get_clip_parameters" in vars(kind):
-                setattr(kind, "get_clip_parameters", _sparing(kind.get_clip_parameters, _trained_by))  # noqa: B010
+        kinds: list[Any] = [kind for kind in vars(import_module("timm.task")).values() if inspect.isclass(kind)]
+        for kind in kinds:
+            if "get_clip_parameters" in vars(kind):
+                kind.get_clip_parameters = _sparing(kind.get_clip_parameters, _trained_by)
 
 
 def _trained_by(task: Any) -> nn.Module:

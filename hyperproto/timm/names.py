@@ -33,7 +33,8 @@ def know_names() -> None:
     # What a script asks before it builds: input size, normalisation.
     registry._model_pretrained_cfgs = Registry(registry._model_pretrained_cfgs, lambda name, config: config)
     api.BUILTIN_MODELS = Registry(api.BUILTIN_MODELS, _torchvision_builder)
-    for module in (timm, timm.models, registry):
+    of_timm: tuple[Any, ...] = (timm, timm.models, registry)
+    for module in of_timm:
         module.list_models = _listing_converted(module.list_models, "filter", "exclude_filters")
     for module in (torchvision.models, api):
         module.list_models = _listing_converted(module.list_models, "include", "exclude")
@@ -142,9 +143,10 @@ def _torchvision_builder(name: str, build: Build) -> Build:
 def _convert(model: nn.Module, logit_scale: float | None, **options: Any) -> None:
     scale = None if logit_scale is None else positive_number(logit_scale, "hp_logit_scale")
     convert_model(model, **options)
-    for head in get_heads(model).values() if scale is not None else ():
-        head.initial_logit_scale = scale
-        head.logit_scale.fill_(scale)
+    if scale is not None:
+        for head in get_heads(model).values():
+            head.initial_logit_scale = scale
+            head.logit_scale.fill_(scale)
 
 
 def _is_of_converted(pretrained_cfg: Any) -> bool:
