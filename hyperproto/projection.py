@@ -25,7 +25,7 @@ def build_projection(projection: Projection, in_features: int, dim: int, *, seed
     if projection == "none":
         return nn.Identity()
     linear = SeededLinear(in_features, dim, seed=seed)
-    return linear if projection == "linear" else nn.Sequential(linear, RowBatchNorm(dim, dtype=torch.float32))
+    return linear if projection == "linear" else RowSequential(linear, RowBatchNorm(dim, dtype=torch.float32))
 
 
 def seed_of_projection(seed: int) -> int:
@@ -78,6 +78,31 @@ class SeededLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         return _linear(input, self.weight, self.bias)
+
+
+class RowSequential(nn.Sequential):
+    """Layers over rows (N, features), also where a batch norm of maps comes in the place of one of rows.
+
+    Code that splits, freezes or synchronises batch norms knows those of images alone, and puts its own in for any.
+
+    Examples:
+        >>> RowSequential(nn.Linear(4, 3), nn.BatchNorm2d(3))(torch.ones(2, 4)).shape
+        torch.Size([2, 3])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, in_features) -> (N, D)."""
+        for layer in self:
+            if torch.jit.is_scripting():
+                input = layer(input)
+            else:
+                input = layer(input[:, :, None, None]).flatten(1) if _takes_maps(layer) else layer(input)
+        return input
+
+
+def _takes_maps(layer: nn.Module) -> bool:
+    # torchvision's and timm's frozen ones are no batch norm of torch's.
+    return isinstance(layer, nn.BatchNorm2d) or type(layer).__name__.startswith("FrozenBatchNorm")
 
 
 class RowBatchNorm(nn.BatchNorm1d):

@@ -51,6 +51,7 @@ LAYERS = [
     "conversion",
     "fitting",
     "testing",
+    "timm",
 ]
 
 #: The same inside of folders.
@@ -109,6 +110,7 @@ INNER_LAYERS = {
         "properties",
         "loss_checks",
     ],
+    "timm": ["clipping", "names", "__main__"],
 }
 
 #: Longest file, in lines.
