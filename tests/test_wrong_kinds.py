@@ -185,7 +185,14 @@ CALLS: dict[str, Callable[[], tuple[Callable[..., object], dict[str, Any]]]] = {
 }  # fmt: skip
 
 #: What the library calls itself, with what it has checked.
+FOR_FASTAI = ("activation", "decodes")
+
 INTERNAL = {
+    *(
+        f"{loss}.{name}"
+        for loss in ("BalancedLoss", "LongTailLoss", "PrototypeCrossEntropyLoss")
+        for name in FOR_FASTAI
+    ),
     "DynamicAssigner.check_checkpoint",
     "DynamicAssigner.feed",
     "DynamicAssigner.leave_out",
