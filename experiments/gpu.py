@@ -37,13 +37,10 @@ import train
 from _data import Loaders, Split, TensorLoader, long_tail_counts, make_loaders, pixel_statistics, seed_for
 from cuda_graph import WARM_UP, captured
 from mosaics import first_images, read_mosaics
-from torch import Tensor, nn
-from torch.nn import functional as F
+from pretrained import ENLARGED, load_pretrained
+from torch import nn
 
 NUM_CLASSES, PER_CLASS = 100, 500
-
-#: Side of the images that a pretrained backbone sees.
-ENLARGED = 112
 
 #: A run's name and its arguments.
 Run = tuple[str, argparse.Namespace]
@@ -129,19 +126,11 @@ def build_model(args: argparse.Namespace, weights: Path | None) -> nn.Module:
     """The model of these arguments, a pretrained one with its weights from a file and its images enlarged."""
     if not args.pretrained:
         return train.build_model(args)
-    model = timm.create_model(args.model)
     if weights is not None:
-        # The same layers in the same order, by other names.
-        state = torch.load(weights, weights_only=True)
-        model.load_state_dict(dict(zip(model.state_dict(), state.values(), strict=True)))
-        model.register_forward_pre_hook(enlarge)
+        return load_pretrained(args.model, weights, num_classes=args.num_classes)
+    model = timm.create_model(args.model)
     model.reset_classifier(args.num_classes)
     return model
-
-
-def enlarge(model: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-    """The images (B, 3, H, W) that a pretrained backbone takes."""
-    return F.interpolate(inputs[0], size=(ENLARGED, ENLARGED), mode="bilinear")
 
 
 def build_loaders(args: argparse.Namespace, splits: tuple[Split, Split], device: torch.device) -> Loaders:

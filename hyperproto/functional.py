@@ -22,6 +22,7 @@ from hyperproto.arguments import (
 )
 from hyperproto.errors import ArgumentError, LabelError, ShapeError
 from hyperproto.matching.solve import AssignmentSolution, solve_assignment
+from hyperproto.separation import placed_scale
 from hyperproto.sphere import hyperspherical_energy
 from hyperproto.targets import IGNORE_INDEX, Target, count_own_label, is_seen, read_target, to_look_up
 
@@ -121,7 +122,7 @@ def prototype_cross_entropy(
     cosines: Tensor,
     target: Tensor,
     *,
-    scale: float = 16.0,
+    scale: float | None = None,
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
@@ -134,7 +135,7 @@ def prototype_cross_entropy(
     Args:
         cosines: (B, C).
         target: labels (B,) int64 or soft targets (B, C).
-        scale: s > 0, the inverse temperature.
+        scale: s > 0, the inverse temperature; by default that of a head on a simplex.
         label_smoothing: share of the target spread evenly over all classes, in [0, 1].
         weight: (C,) weights of the labels, not negative; the mean is then that of `torch.nn.CrossEntropyLoss`: labels
             are divided by the sum of their weights, soft targets by the number of samples.
@@ -156,6 +157,9 @@ def prototype_cross_entropy(
         Shen et al., arXiv 2303.11637 (equiangular basis vectors).
     """
     cosines, checked = _read(cosines, target, ignore_index)
+    if scale is None:
+        num_classes = max(cosines.shape[1], 2)
+        scale = placed_scale(num_classes, rho=-1.0 / (num_classes - 1))
     return scaled_cross_entropy(
         cosines,
         checked.values,

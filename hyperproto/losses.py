@@ -22,6 +22,7 @@ from hyperproto.head import HypersphericalHead
 from hyperproto.heads import require_heads
 from hyperproto.precision import keeping_dtype
 from hyperproto.readout import Readout
+from hyperproto.separation import default_logit_scale
 from hyperproto.targets import IGNORE_INDEX, Target, is_seen, largest_total
 from hyperproto.telling import tell
 
@@ -38,6 +39,9 @@ class PrototypeLoss(nn.Module):
         reduction: "mean", "sum" (as in the papers' code) or "none".
     """
 
+    #: For fastai: labels are whole numbers, of which MixUp weighs the losses, not the labels.
+    y_int = True
+
     def __init__(self, source: nn.Module, *, ignore_index: int = IGNORE_INDEX, reduction: Reduction = "mean") -> None:
         super().__init__()
         check_reduction(reduction)
@@ -53,7 +57,7 @@ class PrototypeLoss(nn.Module):
         """The head whose prototypes the loss pulls towards."""
         return self._heads[0]
 
-    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+    def forward(self, output: Tensor, target: Tensor, indices_tuple: object = None) -> Tensor:
         """Loss of what the model returned; feeds the assigner when training.
 
         The assigner is fed where gradients are on and both criterion and head are in train mode, so that validation
@@ -67,6 +71,7 @@ class PrototypeLoss(nn.Module):
                 (B, ..., C), or (B, C, H, W) from a head over feature maps.
             target: labels (B,) int64 or soft targets (B, C) whose rows add up to 1. Of positions labels (B, ...), and
                 soft targets with C where the output has it.
+            indices_tuple: the pairs that pytorch-metric-learning hands to every loss; of no use here.
 
         Returns:
             () or, for reduction "none", a float32 number for each sample or position, (B,) or (B, ...).
@@ -84,6 +89,14 @@ class PrototypeLoss(nn.Module):
             else:
                 self.assigner.leave_out(criterion_trains=self.training)
         return loss.reshape(readout.shape) if self.reduction == "none" else loss
+
+    def activation(self, logits: Tensor) -> Tensor:
+        """Probabilities of logits, for fastai's `get_preds`."""
+        return logits.softmax(dim=self.head.class_dim)
+
+    def decodes(self, logits: Tensor) -> Tensor:
+        """Labels of logits or probabilities, for fastai's `predict` and `get_preds`."""
+        return logits.argmax(dim=self.head.class_dim)
 
     def extra_repr(self) -> str:
         """What `repr` shows."""
@@ -203,15 +216,17 @@ class LongTailLoss(PrototypeLoss):
         return lengths[None] if target.kept is None else lengths.gather(0, target.places())[:, None]
 
 
-class PrototypeCrossEntropyLoss(PrototypeLoss):
+class PrototypeCrossEntropyLoss(PrototypeLoss, nn.CrossEntropyLoss):  # type: ignore[misc] # reduction is a Literal
     r"""Cross-entropy over scaled cosines with the prototypes fixed ("ETF + CE").
 
-    See `functional.prototype_cross_entropy`. Needs all C cosines: from embeddings it costs O(B C D).
+    See `functional.prototype_cross_entropy`. Needs all C cosines: from embeddings it costs O(B C D). A kind of
+    `torch.nn.CrossEntropyLoss`, by which libraries such as skorch know that probabilities are a softmax.
 
     Args:
         source: a `DynamicAssigner` (fed by the loss), a converted model, or a head.
-        scale: inverse temperature s > 0 of the loss; independent of the head's `logit_scale`. Probabilities are
-            those of the latter: `fit_logit_scale` afterwards.
+        scale: inverse temperature s > 0 of the loss; by default that which a head on this bank starts with
+            (`separation.default_logit_scale`), whatever `logit_scale` is now. Probabilities are those of the latter:
+            `fit_logit_scale` afterwards.
         label_smoothing: in [0, 1].
         weight: (C,) weights of the labels, or a dictionary of them by label; the mean is then that of
             `torch.nn.CrossEntropyLoss`.
@@ -237,13 +252,15 @@ class PrototypeCrossEntropyLoss(PrototypeLoss):
         self,
         source: nn.Module,
         *,
-        scale: float = 16.0,
+        scale: float | None = None,
         label_smoothing: float = 0.0,
         weight: Tensor | None = None,
         ignore_index: int = IGNORE_INDEX,
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__(source, ignore_index=ignore_index, reduction=reduction)
+        if scale is None:
+            scale = default_logit_scale(self.head.bank.prototypes, self.head.num_classes)
         self.scale = positive_number(scale, "scale")
         self.label_smoothing = share(label_smoothing, "label_smoothing")
         weights = None if weight is None else class_weights(weight, self.head.num_classes)

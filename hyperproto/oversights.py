@@ -5,10 +5,9 @@ A training loop pays for a few sums of small tensors on its own device. Whatever
 
 from __future__ import annotations
 
+import gc
 import math
-import weakref
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hyperproto.errors import HeadNotFoundError
 from hyperproto.head import HypersphericalHead
-from hyperproto.heads import get_heads
+from hyperproto.heads import get_heads, require_heads
+from hyperproto.module_ref import ModuleRef
 from hyperproto.readout import Readout
 from hyperproto.targets import SMALLEST_EVIDENCE, Target, is_seen
 from hyperproto.telling import tell
@@ -63,33 +63,49 @@ class Oversights:
         versions: how often the model's other parameters had been written to then, in all.
         num_gradients: batches since then whose gradients came back.
         trains: whether an optimiser was seen to write to one.
+        is_settled: whether it was seen that the model of a copy was copied too.
     """
 
-    source: weakref.ref[nn.Module] | None
+    source: ModuleRef
     left_out: str | None = None
     told: set[str] = field(default_factory=set)
     watched: list[_Watched] = field(default_factory=list)
     versions: int = 0
     num_gradients: int = 0
     trains: bool = False
+    is_settled: bool = False
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy is of another model, and a pickle holds no weak references.
-        return {**self.__dict__, "source": None}
+    def heads(self, known: tuple[HypersphericalHead, ...]) -> tuple[HypersphericalHead, ...]:
+        """The heads of the assigner's model now, those that adapters have copied since among them.
 
-    def check_source(self, head: HypersphericalHead) -> None:
-        """Raise if the model of the assigner, where it still exists, has another layer in the place of its head.
+        Args:
+            known: the heads that it had; where the model is gone, and they are used by themselves, it has them still.
 
         Raises:
-            HeadNotFoundError: it has.
+            HeadNotFoundError: another layer is in the place of the first, or this is the copy of an assigner that was
+                copied without its model.
         """
-        model = None if self.source is None else self.source()
-        if model is not None and all(each is not head for each in get_heads(model).values()):
+        if self.source.is_copy and not self.is_settled:
+            gc.collect()  # a model that was copied for this reference alone may be part of a cycle
+            self.is_settled = True
+        model = self.source.module
+        if model is None:
+            if self.source.is_copy:
+                raise HeadNotFoundError(
+                    "this assigner, or its criterion, was copied or pickled without its model: it would move labels of "
+                    "a head that no model has. Copy both at once, copy.deepcopy((model, criterion)), or make a new "
+                    "assigner and criterion of the copy of the model."
+                )
+            return known
+        found = tuple(get_heads(model).values())
+        if all(each is not known[0] for each in found):
             raise HeadNotFoundError(
                 f"the head that this assigner was made for is no longer part of its {type(model).__name__}: another "
                 "layer was put in its place, whose outputs are no cosines. If the model has no head any more, call "
                 "hyperproto.convert_model(model, ...); then make a new assigner, criterion and optimizer."
             )
+        same = len(found) == len(known) and all(one is other for one, other in zip(found, known, strict=True))
+        return known if same else require_heads(model)
 
     def leave_out(self, *, criterion_trains: bool) -> None:
         """Note that a criterion whose loss has gradients does not feed the assigner, for something is in eval mode."""
@@ -182,7 +198,7 @@ class Oversights:
             self.trains, self.watched = True, []
 
     def _versions_of_others(self) -> int:
-        model, watched = None if self.source is None else self.source(), {id(each.parameter) for each in self.watched}
+        model, watched = self.source.module, {id(each.parameter) for each in self.watched}
         return 0 if model is None else sum(each._version for each in model.parameters() if id(each) not in watched)
 
     def _count_gradient(self, gradient: Tensor) -> None:

@@ -5,15 +5,29 @@ Without other ranks every function here does nothing. A process group of None is
 
 from __future__ import annotations
 
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from hyperproto.arguments import shown
-from hyperproto.errors import ArgumentError, AssignmentError
+from hyperproto.errors import ArgumentError, AssignmentError, HyperprotoError, RankError, ShapeError
 
 #: The ranks that share out the data.
 ProcessGroup = dist.ProcessGroup
+
+#: What `agreement` compares: a number is shown where ranks differ, of a tensor or a text its fingerprint is compared.
+Fact = int | str | Tensor
+
+#: Facts of one agreement, at most: ranks that differ in anything send as much as any other.
+MOST_FACTS = 15
+
+T = TypeVar("T")
 
 
 def has_ranks(process_group: ProcessGroup | None = None) -> bool:
@@ -48,20 +62,190 @@ def check_member(process_group: ProcessGroup | None) -> None:
         )
 
 
-def add_up_ranks(tensors: list[Tensor], device: torch.device, *, process_group: ProcessGroup | None = None) -> None:
-    """Sum each tensor over the ranks, in place and in one collective.
+class GroupHandle:
+    """Holds a process group for a module: a copy of the module has the same group, a pickle has none.
+
+    Attributes:
+        group: the ranks, or None for all of them.
+        was_lost: whether it comes from a pickle of some ranks.
+    """
+
+    def __init__(self, group: ProcessGroup | None, *, was_lost: bool = False) -> None:
+        self.group = group
+        self.was_lost = was_lost
+
+    def check(self) -> None:
+        """Raise where it is not known which ranks are meant.
+
+        Raises:
+            ArgumentError: the group was lost in a pickle, and there are ranks.
+        """
+        if self.was_lost and has_ranks():
+            raise ArgumentError(
+                "this assigner was pickled with a process group, which no pickle can hold. Say which ranks share out "
+                "the data before the next step: assigner.process_group = group, or None for all of them."
+            )
+
+    def __deepcopy__(self, memo: object) -> GroupHandle:
+        return self
+
+    def __reduce__(self) -> tuple[Callable[[bool], GroupHandle], tuple[bool]]:
+        return _unpickled_handle, (self.was_lost or self.group is not None,)
+
+
+def _unpickled_handle(was_lost: bool) -> GroupHandle:
+    return GroupHandle(None, was_lost=was_lost)
+
+
+@contextmanager
+def agreement(
+    device: torch.device, *, advice: str = "", process_group: ProcessGroup | None = None
+) -> Iterator[dict[str, Fact]]:
+    """All ranks leave this block, or all raise; its end is one collective of a fixed size.
+
+    Whatever one rank finds wrong within the block is raised on that rank as it is, and on the others it is said that
+    it was. Where the facts that ranks put down within the block differ, all raise the same. There must be no other
+    collective within the block: a rank that raises would not reach it.
 
     Args:
-        tensors: equal in number and shape on all ranks, all of one dtype.
+        device: where the collective takes place.
+        advice: what to do where facts differ.
+        process_group: the ranks.
+
+    Yields:
+        The facts by their names, of the same names on all ranks that raise nothing; empty at first.
+
+    Raises:
+        RankError: another rank has raised, or facts differ.
+
+    Examples:
+        >>> with agreement(torch.device("cpu")) as facts:
+        ...     facts["the number of labels"] = 10
+    """
+    facts: dict[str, Fact] = {}
+    record: list[int] | None = None
+    try:
+        yield facts
+        record = [_number(fact) for fact in facts.values()] if has_ranks(process_group) else []
+    finally:
+        records = _gather(record, device, process_group)
+    _check_records(records, facts, advice)
+
+
+def fingerprint(value: Tensor | str) -> int:
+    """63 bits of a hash of a text, or of the values of a tensor: equal for equal bits, and hardly ever for others.
+
+    Examples:
+        >>> fingerprint(torch.arange(3)) == fingerprint(torch.arange(3)), fingerprint("a") == fingerprint("b")
+        (True, False)
+    """
+    data = value.encode() if isinstance(value, str) else value.detach().cpu().contiguous().numpy().data
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
+
+
+def _number(fact: Fact) -> int:
+    return fact if isinstance(fact, int) else fingerprint(fact)
+
+
+def _gather(record: list[int] | None, device: torch.device, process_group: ProcessGroup | None) -> list[list[int]]:
+    """The records of all ranks: whether it raised, and the numbers of its facts."""
+    if not has_ranks(process_group):
+        return []
+    numbers = [1] if record is None else [0, *record]
+    own = torch.tensor(numbers + [0] * (1 + MOST_FACTS - len(numbers)), dtype=torch.int64, device=device)
+    every = [torch.empty_like(own) for _ in range(dist.get_world_size(process_group))]
+    dist.all_gather(every, own, group=process_group)
+    return torch.stack(every).tolist()
+
+
+def _check_records(records: list[list[int]], facts: dict[str, Fact], advice: str) -> None:
+    raised = [rank for rank, record in enumerate(records) if record[0]]
+    if raised:
+        raise RankError(
+            f"ranks {raised} of {len(records)} have raised an error, which they show; this rank stops with them, and "
+            "nothing has changed."
+        )
+    differences = []
+    for (name, fact), numbers in zip(facts.items(), list(zip(*records, strict=True))[1:], strict=False):
+        others = [rank for rank, number in enumerate(numbers) if number != numbers[0]]
+        if others:
+            differences.append(f"{name} ({list(numbers) if isinstance(fact, int) else f'of ranks {others}'})")
+    if differences:
+        raise RankError(
+            f"expected all ranks to have what rank 0 has; they differ in {', '.join(differences)}. Nothing has "
+            f"changed. {advice}"
+        )
+
+
+def decided_by_first(decide: Callable[[], T], device: torch.device, *, process_group: ProcessGroup | None = None) -> T:
+    """What the first rank computes, on all ranks, which wait for it; where it raises, all raise the same.
+
+    Args:
+        decide: called on the first rank only; returns what can be pickled.
+        device: where the collective takes place.
+        process_group: the ranks.
+
+    Raises:
+        RankError: it raised what is no error of this library.
+
+    Examples:
+        >>> decided_by_first(lambda: 3, torch.device("cpu"))
+        3
+    """
+    if not has_ranks(process_group):
+        return decide()
+    outcome: list[T | HyperprotoError] = [RankError("rank 0 has raised an error, which it shows; nothing has changed.")]
+    try:
+        if dist.get_rank(process_group) == 0:
+            outcome = [decide()]
+    except HyperprotoError as error:
+        outcome = [error]
+    finally:
+        dist.broadcast_object_list(outcome, src=_first_rank(process_group), group=process_group, device=device)
+    if isinstance(outcome[0], HyperprotoError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def share_first_(tensor: Tensor, *, process_group: ProcessGroup | None = None) -> None:
+    """Copy the first rank's tensor to all ranks, in place; of one shape and dtype on all."""
+    if has_ranks(process_group):
+        shared = tensor.contiguous()
+        dist.broadcast(shared, src=_first_rank(process_group), group=process_group)
+        tensor.copy_(shared)
+
+
+def check_whole(tensor: Tensor, what: str) -> None:
+    """Raise if a buffer was made a tensor of a device mesh, parts or copies of which lie on several ranks.
+
+    Raises:
+        ShapeError: it was.
+    """
+    mesh = sys.modules.get("torch.distributed.tensor")
+    if mesh is not None and isinstance(tensor, mesh.DTensor):
+        raise ShapeError(
+            f"expected {what} to be a tensor of its rank alone, got a DTensor: distribute_module of "
+            "torch.distributed.tensor makes one of every buffer. Distribute the layers before the head instead of the "
+            "whole model, or use torch.distributed.fsdp.fully_shard, which leaves buffers alone."
+        )
+
+
+def add_up_ranks(tensors: list[Tensor], device: torch.device, *, process_group: ProcessGroup | None = None) -> None:
+    """Sum each tensor over the ranks, in place and in one collective for each dtype.
+
+    Args:
+        tensors: equal in number, shape and dtype on all ranks.
         device: where the collective takes place; the tensors may lie elsewhere.
         process_group: the ranks.
     """
     if not has_ranks(process_group):
         return
-    flat = torch.cat([tensor.flatten() for tensor in tensors]).to(device)
-    dist.all_reduce(flat, group=process_group)
-    for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.flatten() for tensor in alike]).to(device)
+        dist.all_reduce(flat, group=process_group)
+        for tensor, part in zip(alike, torch.split(flat, [tensor.numel() for tensor in alike]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 def share_buffers_(model: nn.Module, *, process_group: ProcessGroup | None = None) -> None:
@@ -69,20 +253,19 @@ def share_buffers_(model: nn.Module, *, process_group: ProcessGroup | None = Non
 
     Buffers of modules that say `buffers_are_per_rank` stay: they are of each rank's own data.
     """
-    if not has_ranks(process_group):
-        return
-    first = 0 if process_group is None else dist.get_global_rank(process_group, 0)
     kept = tuple(f"{name}." for name, module in model.named_modules() if getattr(module, "buffers_are_per_rank", False))
     for name, buffer in model.named_buffers():
         if not name.startswith(kept):
-            shared = buffer.contiguous()
-            dist.broadcast(shared, src=first, group=process_group)
-            buffer.copy_(shared)
+            share_first_(buffer, process_group=process_group)
 
 
-def bit_of_this_rank() -> int:
-    """What this rank signs with, where it matters who wrote something: one bit of 63."""
-    return 1 << (dist.get_rank() % 63 if dist.is_available() and dist.is_initialized() else 0)
+def bit_of_this_rank(process_group: ProcessGroup | None = None) -> int:
+    """What this rank of a process group signs with, where it matters who wrote something: one bit of 63."""
+    return 1 << (dist.get_rank(process_group) % 63 if dist.is_available() and dist.is_initialized() else 0)
+
+
+def _first_rank(process_group: ProcessGroup | None) -> int:
+    return 0 if process_group is None else dist.get_global_rank(process_group, 0)
 
 
 def check_not_overwritten(num_ranks: Tensor) -> None:

@@ -57,7 +57,7 @@ def normalise(x: Tensor) -> Tensor:
 # The constant comes in as a default: TorchScript reads no globals.
 def _one_for_zero(lengths: Tensor, smallest: float = SMALLEST_LENGTH) -> Tensor:
     """Lengths, and 1 in the place of those that count as zero."""
-    return torch.where(lengths < smallest, torch.ones_like(lengths), lengths)
+    return torch.where(lengths < smallest, 1.0, lengths)
 
 
 def check_unit_rows(rows: Tensor) -> None:

@@ -10,8 +10,8 @@ LOSSES = {
     "balanced": BalancedLoss,
     "long tail, per batch": LongTailLoss,
     "long tail, global": lambda source, **options: LongTailLoss(source, class_counts=COUNTS, **options),
-    "cross-entropy": PrototypeCrossEntropyLoss,
+    "cross-entropy": lambda source, **options: PrototypeCrossEntropyLoss(source, scale=16.0, **options),
     "cross-entropy, smoothed": lambda source, **options: PrototypeCrossEntropyLoss(
-        source, label_smoothing=0.1, **options
+        source, scale=16.0, label_smoothing=0.1, **options
     ),
 }

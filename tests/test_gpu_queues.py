@@ -57,7 +57,7 @@ def test_dry_run(capsys, queues):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--head dl2pa --dim 8 --loss balanced --start random --schedule step --milestones 1 --lr 0.05",
+        "--head dl2pa --dim 8 --loss balanced --start random --schedule step --milestones 1 --lr 0.02",
         "--head softmax --dim 8 --schedule cosine --optimizer adamw --lr 1e-3",
         # Small steps and one iteration, in which rounding grows less.
         "--head dl2pa --dim 8 --loss cross-entropy --start data --refit 1 --lr 0.01",

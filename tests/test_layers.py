@@ -21,6 +21,7 @@ LAYERS = [
     "arguments",
     "precision",
     "modes",
+    "module_ref",
     "sphere",
     "bounds",
     "targets",
@@ -33,6 +34,8 @@ LAYERS = [
     "projection",
     "affine",
     "readout",
+    "assignment_record",
+    "assigned_bank",
     "placement",
     "codebook",
     "head",
@@ -42,11 +45,13 @@ LAYERS = [
     "assignment_step",
     "oversights",
     "running_means",
+    "attachment",
     "assigner",
     "losses",
     "conversion",
     "fitting",
     "testing",
+    "timm",
 ]
 
 #: The same inside of folders.
@@ -67,7 +72,6 @@ INNER_LAYERS = {
     ],
     "matching": ["problem", "dense", "candidates", "prices", "sparse", "solve", "swaps", "procrustes"],
     "conversion": [
-        "module_ref",
         "hooks",
         "locate",
         "channels",
@@ -106,6 +110,7 @@ INNER_LAYERS = {
         "properties",
         "loss_checks",
     ],
+    "timm": ["clipping", "names", "__main__"],
 }
 
 #: Longest file, in lines.

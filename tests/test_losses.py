@@ -106,7 +106,7 @@ def test_modules_agree_with_their_pure_forms(make_loss):
             cosines, target, class_counts=None if loss.squared_lengths is None else COUNTS
         ),
         PrototypeCrossEntropyLoss: lambda cosines, target: functional.prototype_cross_entropy(
-            cosines, target, label_smoothing=loss.label_smoothing
+            cosines, target, scale=16.0, label_smoothing=loss.label_smoothing
         ),
     }[type(loss)]
     for target in (labels, soft_targets(9, 6, 1)):
@@ -386,8 +386,32 @@ def test_pure_losses_check_their_input(loss):
 def test_the_whole_target_may_be_smoothed():
     head, (features, labels) = make_head(), batch()
     loss = PrototypeCrossEntropyLoss(head, label_smoothing=1.0)(head(features), labels)
-    log_probabilities = (16.0 * head(features) / head.logit_scale).log_softmax(dim=1)
-    torch.testing.assert_close(loss, -log_probabilities.mean())
+    torch.testing.assert_close(loss, -head(features).log_softmax(dim=1).mean())
+
+
+@pytest.mark.parametrize("bank", ["auto", "simplex", "orthoplex", "separated", "random"])
+def test_by_default_it_is_the_cross_entropy_of_the_logits(bank):
+    head = HypersphericalHead(4, 6, dim={"simplex": 5, "orthoplex": 3}.get(bank, 2), bank=bank)
+    features, labels = batch()
+    logits = head(features)
+    loss = PrototypeCrossEntropyLoss(head)(logits, labels)
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(logits, labels))
+
+
+def test_the_default_scale_is_that_of_the_bank_whatever_the_logits_have():
+    head, expected = make_head(), float(make_head().logit_scale)
+    head.logit_scale.fill_(3.0)
+    assert PrototypeCrossEntropyLoss(head).scale == pytest.approx(expected)
+    given = HypersphericalHead(4, 6, bank=PrototypeBank(8, 4), logit_scale=40.0)
+    assert PrototypeCrossEntropyLoss(given).scale == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 100])
+def test_the_pure_loss_takes_prototypes_that_favour_no_direction(num_classes):
+    cosines, labels = 2 * torch.rand(5, num_classes) - 1, torch.arange(5) % num_classes
+    scale = PrototypeCrossEntropyLoss(HypersphericalHead(8, max(num_classes, 2), dim=99, bank="simplex")).scale
+    expected = functional.prototype_cross_entropy(cosines, labels, scale=scale)
+    torch.testing.assert_close(functional.prototype_cross_entropy(cosines, labels), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -315,19 +315,72 @@ def test_a_head_replaced_by_hand():
     assert torch.equal(loop.assigner.class_means, before)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
-def test_copies_of_an_assigner_and_heads_without_their_model_step(copied):
+COPIES = [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))]
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("part", ["assigner", "criterion"])
+def test_a_copy_of_an_assigner_without_its_model_says_so(copied, part):
     loop = model_in_eval_mode()
     loop.model.train()
     loop.epoch()
-    other = copied(loop.assigner)
-    assert not told(other.step)
+    other = copied(loop.assigner if part == "assigner" else loop.criterion)
+    other = other if part == "assigner" else other.assigner
+    before = loop.model[1].assignment.clone()
+    with pytest.raises(HeadNotFoundError, match=r"without its model.*Copy both at once"):
+        other.step()
+    assert torch.equal(loop.model[1].assignment, before)
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("order", [0, 1])
+def test_a_model_and_its_criterion_copied_together_stay_bound(copied, order):
+    model = make_model()
+    both = (model, BalancedLoss(DynamicAssigner(model, momentum=None)))
+    pair = copied(both if order == 0 else both[::-1])
+    model, criterion = pair if order == 0 else pair[::-1]
+    assert criterion.assigner.head is model[1]
+    images, _ = batch()
+    embeddings = model[1].embed(images)
+    criterion(model(images), (embeddings @ model[1].bank.prototypes.flip(0).T).argmax(dim=1))
+    assert not told(criterion.assigner.step)
+    assert criterion.assigner.history[-1].changed > 0
+    assert not torch.equal(model[1].assignment, torch.arange(model[1].num_classes))
+
+
+def test_a_head_whose_model_is_gone_goes_on_by_itself():
+    loop = model_in_eval_mode()
+    loop.model.train()
     head = loop.model[1]
     assigner = DynamicAssigner(loop.model)
     assigner.update(head(batch()[0]), batch()[1])
     del loop
     gc.collect()
     assert not told(assigner.step)
+
+
+class Saved(nn.Module):
+    """What adapters make of a module to be trained and saved: the original, and a copy that is called."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original, self.copy = original, copy.deepcopy(original)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.copy(features)
+
+
+def test_a_step_moves_the_labels_of_a_head_that_an_adapter_has_copied():
+    model = make_model()
+    assigner = DynamicAssigner(model, momentum=None)
+    criterion = BalancedLoss(assigner)
+    model[1] = Saved(model[1])
+    images, _ = batch()
+    used = model[1].copy
+    criterion(model(images), (used.embed(images) @ used.bank.prototypes.flip(0).T).argmax(dim=1))
+    assert assigner.step().changed > 0
+    assert torch.equal(used.assignment, model[1].original.assignment)
+    assert not torch.equal(used.assignment, torch.arange(used.num_classes))
 
 
 # Outputs that are none

@@ -254,8 +254,11 @@ class Soak:
             "checkpoint of later format": lambda: self.model.load_state_dict(
                 state | {"2.format_version": torch.tensor(99)}
             ),
-            "checkpoint of other prototypes": lambda: self.model.load_state_dict(
-                state | {"2.bank.prototypes": self.prototypes.flip(0)}
+            "checkpoint of long prototypes": lambda: self.model.load_state_dict(
+                state | {"2.bank.prototypes": 2 * self.prototypes}
+            ),
+            "prototypes without assignment": lambda: self.model.load_state_dict(
+                {"2.bank.prototypes": self.prototypes.flip(0)}, strict=False
             ),
             "means of other shape": lambda: assigner.load_state_dict(of_assigner | {"class_means": torch.zeros(9, 9)}),
             "assigner of later format": lambda: assigner.load_state_dict(

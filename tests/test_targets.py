@@ -216,10 +216,11 @@ def test_class_weights_are_those_of_torch(reduction, soft, label_smoothing):
     cosines = 2 * torch.rand(7, NUM_CLASSES) - 1
     labels = torch.tensor([0, 4, 1, 2, 1, 0, 4]) if soft else torch.tensor([0, 4, -100, 2, 3, 0, 4])
     target = torch.nn.functional.one_hot(labels, NUM_CLASSES).float() if soft else labels
-    expected = torch.nn.CrossEntropyLoss(weight, **options)(16.0 * cosines, target)
-    torch.testing.assert_close(functional.prototype_cross_entropy(cosines, target, weight=weight, **options), expected)
     head = make_head("logits")
-    loss = PrototypeCrossEntropyLoss(head, weight=weight.numpy(), **options)
+    expected = torch.nn.CrossEntropyLoss(weight, **options)(16.0 * cosines, target)
+    pure = functional.prototype_cross_entropy(cosines, target, scale=16.0, weight=weight, **options)
+    torch.testing.assert_close(pure, expected)
+    loss = PrototypeCrossEntropyLoss(head, scale=16.0, weight=weight.numpy(), **options)
     torch.testing.assert_close(loss(cosines * head.logit_scale, target), expected, atol=1e-5, rtol=1e-5)
 
 

@@ -133,7 +133,8 @@ CALLS: dict[str, Callable[[], tuple[Callable[..., object], dict[str, Any]]]] = {
     "PrototypeBank.from_tensor": lambda: (PrototypeBank.from_tensor, {"prototypes": EYE}),
     "PrototypeBank.from_class_vectors": lambda: (PrototypeBank.from_class_vectors, {"vectors": EYE, "dim": 2}),
     "DynamicAssigner": lambda: (
-        DynamicAssigner, {"source": make_head(), "momentum": 0.9, "solver": "auto", "process_group": None}),
+        DynamicAssigner, {"source": make_head(), "momentum": 0.9, "solver": "auto", "process_group": None,
+         "attach": True, "step_every": 2}),
     "DynamicAssigner.update": lambda: (
         DynamicAssigner(make_head()).update, {"output": outputs(), "target": LABELS, "ignore_index": -100}),
     "DynamicAssigner.forget": lambda: (DynamicAssigner(make_head()).forget, {"labels": [1, 2]}),
@@ -185,10 +186,13 @@ CALLS: dict[str, Callable[[], tuple[Callable[..., object], dict[str, Any]]]] = {
 
 #: What the library calls itself, with what it has checked.
 INTERNAL = {
+    "DynamicAssigner.check_checkpoint",
     "DynamicAssigner.feed",
     "DynamicAssigner.leave_out",
+    "HypersphericalHead.attach",
     "HypersphericalHead.check_checkpoint",
     "HypersphericalHead.like",
+    "HypersphericalHead.train",
     "PrototypeBank.check_checkpoint",
 }
 
@@ -293,13 +297,17 @@ MEANT: list[tuple[set[str], list[str]]] = [
         [
             "HypersphericalHead: dim",
             "DynamicAssigner: process_group",
+            "DynamicAssigner: step_every",
             "convert_model: dim",
             "convert_model: num_classes",
             "solve_assignment: current",
             "check_assignment: num_prototypes",
         ],
     ),
-    ({"None", "huge"}, ["HypersphericalHead: logit_scale"]),
+    (
+        {"None", "huge"},
+        ["HypersphericalHead: logit_scale", "PrototypeCrossEntropyLoss: scale", "prototype_cross_entropy: scale"],
+    ),
     (
         {"zero"},
         [
@@ -354,7 +362,15 @@ MEANT: list[tuple[set[str], list[str]]] = [
             "prototype_cross_entropy: cosines",
         ],
     ),
-    ({"bool"}, ["PrototypeBank: half_space", "convert_model: warm_start", "hyperspherical_energy: half_space"]),
+    (
+        {"bool"},
+        [
+            "DynamicAssigner: attach",
+            "PrototypeBank: half_space",
+            "convert_model: warm_start",
+            "hyperspherical_energy: half_space",
+        ],
+    ),
     ({"None", "zero"}, ["DynamicAssigner: momentum"]),
     ({"empty list", "empty tensor"}, ["DynamicAssigner.forget: labels"]),
     (
@@ -367,7 +383,6 @@ MEANT: list[tuple[set[str], list[str]]] = [
             "solve_assignment: weights",
         ],
     ),
-    ({"huge"}, ["PrototypeCrossEntropyLoss: scale", "prototype_cross_entropy: scale"]),
     ({"None", "module"}, ["describe: criterion", "check_loss: head"]),
     ({"module"}, ["get_heads: model"]),
     (

@@ -30,8 +30,10 @@ from hyperproto.conversion.structures import (
     drop_token_head,
     keep_unfused,
     move_behind_pooling,
+    name_architecture,
     resize_auxiliary,
     set_num_classes,
+    set_num_labels,
 )
 from hyperproto.conversion.warm_start import warm_start_
 from hyperproto.errors import AlreadyConvertedError, ArgumentError
@@ -126,7 +128,10 @@ def convert_model(
         found = classifier is None or classifier in known_names(model)
         _put_in(model, leaves, heads, record, seed)
         if not others:
-            set_num_classes(model, list(record.leaves), next(iter(heads.values())).num_classes)
+            count = next(iter(heads.values())).num_classes
+            set_num_classes(model, list(record.leaves), count)
+            set_num_labels(model, count)
+            name_architecture(model)
         check_reach(model, dict(zip(record.leaves, heads.values(), strict=True)), found=found)
         record.num_parameters_after = count_parameters(model)
         record.changes = before.changes()

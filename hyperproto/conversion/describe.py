@@ -41,7 +41,7 @@ def describe(model: nn.Module, criterion: nn.Module | None = None) -> str:
         Sequential: 4 classes on prototypes in dimension 2
           0: was Linear 16 -> 4, projects 16 -> 2 (linear, batch norm)
           bank: orthoplex, 4 prototypes, largest cosine 0.0000
-          scale: 5.694, as it started: never fitted, see fit_logit_scale
+          scale: 3.487, as it started: never fitted, see fit_logit_scale
           parameters: 68 before, 36 after
     """
     heads = get_heads(model)

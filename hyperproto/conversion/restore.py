@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from hyperproto.conversion.module_ref import ModuleRef
 from hyperproto.conversion.record import RECORD, get_record
 from hyperproto.heads import get_heads
+from hyperproto.module_ref import ModuleRef
 
 
 def restore_model(model: nn.Module) -> nn.Module:
