@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from hyperproto.arguments import SMALLEST_INT, numbers_by_label, positive_number, share, whole_number
+from hyperproto.arguments import SMALLEST_INT, numbers_by_label, positive_number, share, shown, whole_number
 from hyperproto.assigner import DynamicAssigner
+from hyperproto.errors import ArgumentError
 from hyperproto.functional import (
     Reduction,
     batch_squared_lengths,
@@ -79,6 +80,11 @@ class PrototypeLoss(nn.Module):
         Raises:
             ShapeError, ArgumentError, LabelError: output or target do not fit; nothing has changed then.
         """
+        if not isinstance(indices_tuple, tuple | None):
+            raise ArgumentError(
+                "expected no third argument, or the tuple of indices that pytorch-metric-learning hands on, got "
+                f"{shown(indices_tuple)}. Weights of classes are an option, PrototypeCrossEntropyLoss(..., weight=...)."
+            )
         readout = self.head.read(output)
         checked = readout.read_target(target, ignore_index=self.ignore_index)
         self._check_total(checked)

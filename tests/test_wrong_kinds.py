@@ -144,7 +144,8 @@ CALLS: dict[str, Callable[[], tuple[Callable[..., object], dict[str, Any]]]] = {
     },
     **{
         f"{loss.__name__}.forward": lambda loss=loss, options=options: (
-            loss(DynamicAssigner(make_head()), **options), {"output": outputs(), "target": LABELS})
+            loss(DynamicAssigner(make_head()), **options),
+            {"output": outputs(), "target": LABELS, "indices_tuple": None})
         for loss, options in LOSS_OPTIONS.items()
     },
     "convert_model": lambda: (
@@ -185,14 +186,10 @@ CALLS: dict[str, Callable[[], tuple[Callable[..., object], dict[str, Any]]]] = {
 }  # fmt: skip
 
 #: What the library calls itself, with what it has checked.
-FOR_FASTAI = ("activation", "decodes")
+FASTAI = ("activation", "decodes")
 
 INTERNAL = {
-    *(
-        f"{loss}.{name}"
-        for loss in ("BalancedLoss", "LongTailLoss", "PrototypeCrossEntropyLoss")
-        for name in FOR_FASTAI
-    ),
+    *(f"{each}.{name}" for each in ("BalancedLoss", "LongTailLoss", "PrototypeCrossEntropyLoss") for name in FASTAI),
     "DynamicAssigner.check_checkpoint",
     "DynamicAssigner.feed",
     "DynamicAssigner.leave_out",
@@ -392,6 +389,10 @@ MEANT: list[tuple[set[str], list[str]]] = [
     ),
     ({"None", "module"}, ["describe: criterion", "check_loss: head"]),
     ({"module"}, ["get_heads: model"]),
+    (
+        {"None"},
+        [f"{each}.forward: indices_tuple" for each in ("BalancedLoss", "LongTailLoss", "PrototypeCrossEntropyLoss")],
+    ),
     (
         {"NaN matrix", "infinite matrix", "negative ints", "large ints", "empty matrix", "meta vector", "meta matrix"},
         ["batch_squared_lengths: target"],
