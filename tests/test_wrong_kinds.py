@@ -144,7 +144,13 @@ CALLS: dict[str, Callable[[], tuple[Callable[..., object], dict[str, Any]]]] = {
     },
     **{
         f"{loss.__name__}.forward": lambda loss=loss, options=options: (
-            loss(DynamicAssigner(make_head()), **options), {"output": outputs(), "target": LABELS})
+            loss(DynamicAssigner(make_head()), **options), {"output": outputs(), "target": LABELS, "indices_tuple": None})
+        for loss, options in LOSS_OPTIONS.items()
+    },
+    **{
+        f"{loss.__name__}.{name}": lambda loss=loss, name=name, options=options: (
+            getattr(loss(make_head(), **options), name), {"logits": EYE})
+        for name in ("activation", "decodes")
         for loss, options in LOSS_OPTIONS.items()
     },
     "convert_model": lambda: (
@@ -292,6 +298,11 @@ SAID_ELSEWHERE = {
 
 #: What can be meant after all, and the arguments of which it can.
 MEANT: list[tuple[set[str], list[str]]] = [
+    (set(WRONG), [f"{loss.__name__}.forward: indices_tuple" for loss in LOSS_OPTIONS]),  # looked at by no loss
+    (
+        {"infinite matrix"},
+        [f"{loss.__name__}.{name}: logits" for name in ("activation", "decodes") for loss in LOSS_OPTIONS],
+    ),
     (
         {"None"},
         [
