@@ -144,7 +144,8 @@ CALLS: dict[str, Callable[[], tuple[Callable[..., object], dict[str, Any]]]] = {
     },
     **{
         f"{loss.__name__}.forward": lambda loss=loss, options=options: (
-            loss(DynamicAssigner(make_head()), **options), {"output": outputs(), "target": LABELS, "indices_tuple": None})
+            loss(DynamicAssigner(make_head()), **options),
+            {"output": outputs(), "target": LABELS, "indices_tuple": None})
         for loss, options in LOSS_OPTIONS.items()
     },
     **{
