@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,7 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from hyperproto.arguments import as_tensor, choice, matrix, positive_number, whole_number
 from hyperproto.assigned_bank import AssignedBank
 from hyperproto.bank import PrototypeBank, has_values
-from hyperproto.errors import CheckpointError, ShapeError
+from hyperproto.errors import AssignmentError, CheckpointError, ShapeError
+from hyperproto.matching.problem import check_assignment
 from hyperproto.placement import Placement
 from hyperproto.precision import keeping_dtype
 from hyperproto.readout import Readout, choose_anchors
@@ -216,7 +218,8 @@ class Codebook(AssignedBank):
 
     def train(self, mode: bool = True) -> "Codebook":
         """As of any module; anchors are seen to here too, for what is compiled from then on."""
-        self._follow_bank()
+        with suppress(AssignmentError):  # which the next evaluation raises
+            self._follow_bank()
         super().train(mode)
         return self
 
@@ -251,6 +254,9 @@ class Codebook(AssignedBank):
 
         Copies of a `state_dict` entry by entry do that. What copies or broadcasts all buffers has brought the anchors
         that belong to the rest. Waits for no device where nothing was written.
+
+        Raises:
+            AssignmentError: what was written is no assignment.
         """
         if self.anchors is None or self.anchor_inverse is None or torch.compiler.is_compiling():
             return
@@ -259,6 +265,7 @@ class Codebook(AssignedBank):
             return
         now = tuple((id(each), each._version) for each in buffers)
         if self._anchored and now[:2] != self._anchored[:2] and now[2:] == self._anchored[2:]:
+            check_assignment(self.assignment.cpu(), self.num_classes, self.bank.num_prototypes)
             self._choose_anchors()
         else:
             self._anchored = now

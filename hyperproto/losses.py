@@ -241,7 +241,8 @@ class PrototypeCrossEntropyLoss(PrototypeLoss, nn.CrossEntropyLoss):  # type: ig
         source: a `DynamicAssigner` (fed by the loss), a converted model, or a head.
         scale: inverse temperature s > 0 of the loss; by default that which a head on this bank starts with
             (`separation.default_logit_scale`), whatever `logit_scale` is now. Probabilities are those of the latter:
-            `fit_logit_scale` afterwards.
+            `fit_logit_scale` afterwards. The gradient grows with the scale: for SGD a learning rate of about 2 / scale
+            is a start (docs/training.md); to Adam it is all one.
         label_smoothing: in [0, 1].
         weight: (C,) weights of the labels, or a dictionary of them by label; the mean is then that of
             `torch.nn.CrossEntropyLoss`.
