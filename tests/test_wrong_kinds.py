@@ -148,6 +148,12 @@ CALLS: dict[str, Callable[[], tuple[Callable[..., object], dict[str, Any]]]] = {
             {"output": outputs(), "target": LABELS, "indices_tuple": None})
         for loss, options in LOSS_OPTIONS.items()
     },
+    **{
+        f"{loss.__name__}.{name}": lambda loss=loss, name=name, options=options: (
+            getattr(loss(make_head(), **options), name), {"logits": EYE})
+        for name in ("activation", "decodes")
+        for loss, options in LOSS_OPTIONS.items()
+    },
     "convert_model": lambda: (
         convert_model,
         {"model": plain(), "dim": 3, "num_classes": 4, "bank": "auto", "classifier": "0", "projection": "linear",
@@ -186,10 +192,7 @@ CALLS: dict[str, Callable[[], tuple[Callable[..., object], dict[str, Any]]]] = {
 }  # fmt: skip
 
 #: What the library calls itself, with what it has checked.
-FASTAI = ("activation", "decodes")
-
 INTERNAL = {
-    *(f"{each}.{name}" for each in ("BalancedLoss", "LongTailLoss", "PrototypeCrossEntropyLoss") for name in FASTAI),
     "DynamicAssigner.check_checkpoint",
     "DynamicAssigner.feed",
     "DynamicAssigner.leave_out",
@@ -296,6 +299,10 @@ SAID_ELSEWHERE = {
 
 #: What can be meant after all, and the arguments of which it can.
 MEANT: list[tuple[set[str], list[str]]] = [
+    (
+        {"infinite matrix"},
+        [f"{loss.__name__}.{name}: logits" for name in ("activation", "decodes") for loss in LOSS_OPTIONS],
+    ),
     (
         {"None"},
         [
