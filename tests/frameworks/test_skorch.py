@@ -41,7 +41,7 @@ def test_the_page_also_after_cloning():
     space = {"model": network(), "X": images, "y": labels}
     exec(block("skorch"), space)
     assert np.allclose(space["probabilities"].sum(axis=1), 1.0, atol=1e-5)
-    assert len(space["net"].assigner_.history) == 2
+    assert len(space["net"].criterion_.assigner.history) == 2
     copied = sklearn.clone(copy.deepcopy(space["net"])).fit(images, labels)
-    assert copied.assigner_.head is copied.module_.fc
-    assert copied.assigner_.class_counts.tolist() == [2.0 * len(labels) / NUM_CLASSES] * NUM_CLASSES
+    assert copied.criterion_.head is copied.module_.fc
+    assert copied.criterion_.assigner.class_counts.tolist() == [2.0 * len(labels) / NUM_CLASSES] * NUM_CLASSES

@@ -25,5 +25,6 @@ def test_the_page():
     exec(block("ultralytics"), space)
     trainer = space["Trainer"].__new__(space["Trainer"])  # as its data set is read: with a number of classes
     trainer.data = {"nc": NUM_CLASSES, "channels": 3}
+    trainer.resume = False
     trainer.args = SimpleNamespace(pretrained=False, dropout=0.0)
     assert len(get_heads(trainer.get_model("yolo11n-cls.yaml", verbose=False))) == 1
