@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from hyperproto.arguments import SMALLEST_INT, numbers_by_label, positive_number, share, whole_number
+from hyperproto.arguments import SMALLEST_INT, as_tensor, numbers_by_label, positive_number, share, shown, whole_number
 from hyperproto.assigner import DynamicAssigner
+from hyperproto.errors import ArgumentError, ShapeError
 from hyperproto.functional import (
     Reduction,
     batch_squared_lengths,
@@ -79,6 +80,11 @@ class PrototypeLoss(nn.Module):
         Raises:
             ShapeError, ArgumentError, LabelError: output or target do not fit; nothing has changed then.
         """
+        if not isinstance(indices_tuple, tuple | None):
+            raise ArgumentError(
+                "expected no third argument, or the tuple of indices that pytorch-metric-learning hands on, got "
+                f"{shown(indices_tuple)}. Weights of classes are an option, PrototypeCrossEntropyLoss(..., weight=...)."
+            )
         readout = self.head.read(output)
         checked = readout.read_target(target, ignore_index=self.ignore_index)
         self._check_total(checked)
@@ -92,11 +98,20 @@ class PrototypeLoss(nn.Module):
 
     def activation(self, logits: Tensor) -> Tensor:
         """Probabilities of logits, for fastai's `get_preds`."""
-        return logits.softmax(dim=self.head.class_dim)
+        return self._of_all_labels(logits).softmax(dim=self.head.class_dim)
 
     def decodes(self, logits: Tensor) -> Tensor:
         """Labels of logits or probabilities, for fastai's `predict` and `get_preds`."""
-        return logits.argmax(dim=self.head.class_dim)
+        return self._of_all_labels(logits).argmax(dim=self.head.class_dim)
+
+    def _of_all_labels(self, logits: object) -> Tensor:
+        values, num_classes, class_dim = as_tensor(logits, "logits"), self.head.num_classes, self.head.class_dim
+        if values.dim() < 2 or values.shape[class_dim] != num_classes or not values.is_floating_point():
+            raise ShapeError(
+                f"expected logits or probabilities of {num_classes} labels in dimension {class_dim}, in a floating "
+                f"dtype, got {tuple(values.shape)} and {values.dtype}."
+            )
+        return values
 
     def extra_repr(self) -> str:
         """What `repr` shows."""
@@ -226,7 +241,8 @@ class PrototypeCrossEntropyLoss(PrototypeLoss, nn.CrossEntropyLoss):  # type: ig
         source: a `DynamicAssigner` (fed by the loss), a converted model, or a head.
         scale: inverse temperature s > 0 of the loss; by default that which a head on this bank starts with
             (`separation.default_logit_scale`), whatever `logit_scale` is now. Probabilities are those of the latter:
-            `fit_logit_scale` afterwards.
+            `fit_logit_scale` afterwards. The gradient grows with the scale: for SGD a learning rate of about 2 / scale
+            is a start (docs/training.md); to Adam it is all one.
         label_smoothing: in [0, 1].
         weight: (C,) weights of the labels, or a dictionary of them by label; the mean is then that of
             `torch.nn.CrossEntropyLoss`.

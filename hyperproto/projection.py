@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hyperproto.arguments import as_tensor
 from hyperproto.errors import ShapeError
 from hyperproto.precision import full_precision, keeping_dtype
 
@@ -40,7 +41,7 @@ def seed_of_projection(seed: int) -> int:
 
 def has_layers(projection: nn.Module) -> bool:
     """Whether a projection does anything: it is not that of `projection="none"`."""
-    return not isinstance(projection, nn.Identity)
+    return type(projection).forward is not nn.Identity.forward
 
 
 def fresh_length(dim: int) -> float:
@@ -110,7 +111,8 @@ class RowBatchNorm(nn.BatchNorm1d):
     A batch of fewer than two rows has no variance: the running statistics serve it, as in eval mode, where
     `nn.BatchNorm1d` raises. A batch with infinity or NaN leaves the running statistics as they were. With
     `track_running_stats` switched off they stay as they are in train mode, and where there are none the batch's serve
-    in eval mode too, both as in `nn.BatchNorm1d`.
+    in eval mode too, both as in `nn.BatchNorm1d`. What `convert_sync_batchnorm` puts in its place is torch's own, in
+    which a batch with infinity leaves its trace, as it does in every other batch norm of the model.
 
     Examples:
         >>> RowBatchNorm(3)(torch.ones(1, 3)).shape
@@ -156,14 +158,17 @@ def be_leaf_(module: nn.Module) -> None:
 
 
 def check_features(features: Tensor, in_features: int) -> None:
-    """Raise unless the last dimension of `features` is `in_features` wide.
+    """Raise unless `features` are dense floating-point rows of width `in_features`.
 
     Raises:
-        ShapeError: it is not.
+        ShapeError: they are not.
     """
     # A shape is a tensor there, and a look at its value would end in a warning.
     if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
         return
+    features = as_tensor(features, f"features of shape (B, ..., {in_features})")
+    if not features.is_floating_point():
+        raise ShapeError(f"HypersphericalHead expects features in a floating dtype, got {features.dtype}.")
     if features.dim() < 2 or features.shape[-1] != in_features:
         raise ShapeError(
             f"HypersphericalHead expects features of shape (B, ..., {in_features}), got {tuple(features.shape)}. "

@@ -45,6 +45,7 @@ LAYERS = [
     "assignment_step",
     "oversights",
     "running_means",
+    "attachment",
     "assigner",
     "losses",
     "conversion",

@@ -7,7 +7,7 @@ import logging
 import torch
 from torch import nn
 
-from hyperproto.arguments import seed_number, whole_number
+from hyperproto.arguments import flag, seed_number, shown, whole_number
 from hyperproto.bank import PrototypeBank
 from hyperproto.codebook import TrainingOutput
 from hyperproto.conversion.channels import ChannelsFirstHead
@@ -102,6 +102,9 @@ def convert_model(
         torch.Size([3, 4])
     """
     others = get_heads(model)
+    if classifier is not None and not isinstance(classifier, str):
+        raise ArgumentError(f"expected classifier to be the dotted name of a layer, got {shown(classifier)}.")
+    warm_start = flag(warm_start, "warm_start")
     _check_no_head_at(model, others, classifier)
     check_unwrapped(model)
     dim = None if dim is None else whole_number(dim, "dim")
