@@ -16,7 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hyperproto.errors import ArgumentError
 from hyperproto.modes import eval_mode
-from hyperproto.projection import RowBatchNorm, SeededLinear, fresh_length, has_layers
+from hyperproto.projection import RowBatchNorm, RowSequential, SeededLinear, fresh_length, has_layers
+
+#: What runs one layer behind the other.
+SEQUENTIAL = (nn.Sequential.forward, RowSequential.forward)
 
 #: Rows of the identity that an unknown projection is asked for at a time.
 PROBED_AT_ONCE = 1024
@@ -56,7 +59,7 @@ def known_layers(projection: nn.Module) -> Layers | None:
     if not has_layers(projection):
         return Layers(None, None)
     parts = [projection]
-    if isinstance(projection, nn.Sequential) and type(projection).forward is nn.Sequential.forward:
+    if isinstance(projection, nn.Sequential) and type(projection).forward in SEQUENTIAL:
         parts = list(projection)
     if len(parts) not in (1, 2):
         return None

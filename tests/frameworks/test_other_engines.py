@@ -1,4 +1,4 @@
-"""The shorter blocks of docs/inside.md: PEFT, ignite, ema-pytorch, pytorch-metric-learning, Composer."""
+"""The shorter blocks of docs/inside.md: closures, PEFT, ignite, ema-pytorch, pytorch-metric-learning, Composer."""
 
 import copy
 
@@ -17,6 +17,12 @@ def run(heading: str, **names: object) -> dict:
 
 def needs_framework(name: str) -> None:
     pytest.importorskip(name, reason=f'{name} is one of the extra "frameworks"')
+
+
+def test_closures_count_a_batch_once():
+    images, labels = samples()
+    assigner = run("One sample, one count", images=images, labels=labels)["assigner"]
+    assert assigner.class_counts.tolist() == [8.0] * NUM_CLASSES
 
 
 @pytest.mark.filterwarnings("ignore")  # of torchao and other packages that it looks for

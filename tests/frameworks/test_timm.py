@@ -177,6 +177,9 @@ def test_adaptive_clipping_leaves_the_projection_out_and_nothing_else(projection
     clipped = {id(parameter) for parameter in timm.models.model_parameters(model, exclude_head=True)}
     assert clipped == {id(parameter) for parameter in model.parameters()} - spared
     assert len(list(timm.models.model_parameters(model))) == len(list(model.parameters()))
+    hyperproto.BalancedLoss(model)(model(images()), torch.arange(4)).backward()
+    timm.utils.adaptive_clip_grad(timm.models.model_parameters(model, exclude_head=True))
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
     plain = timm.create_model("test_resnet", num_classes=NUM_CLASSES)
     assert len(timm.models.model_parameters(plain, exclude_head=True)) == len(list(plain.parameters())) - 2
 

@@ -80,7 +80,13 @@ def test_the_page(tmp_path):
         "model": build("ViT", SMALL, num_labels=NUM_CLASSES),
         "folder": str(tmp_path),
         "dataset": [{"pixel_values": torch.randn(3, 8, 8), "labels": label % NUM_CLASSES} for label in range(24)],
-        "options": {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"},
+        "options": {
+            "use_cpu": True,
+            "report_to": [],
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "remove_unused_columns": False,
+        },
     }
     exec(block("transformers"), space)
     assert len(space["assigner"].history) == 2
