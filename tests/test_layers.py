@@ -51,6 +51,8 @@ LAYERS = [
     "conversion",
     "fitting",
     "testing",
+    "lightning",
+    "transformers",
     "timm",
 ]
 
@@ -174,7 +176,7 @@ def test_no_file_is_long():
 
 
 #: What examples, experiments and benchmarks may import, or name as an attribute of the package.
-PUBLIC = {"hyperproto", "hyperproto.functional", "hyperproto.testing"} | {
+PUBLIC = {"hyperproto", "hyperproto.functional", "hyperproto.testing", "hyperproto.timm"} | {
     f"hyperproto.{name}" for name in (*hyperproto.__all__, "__version__")
 }
 PROMISED = "hyperproto.conversion.warm_start.warm_start_"
