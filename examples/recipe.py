@@ -26,7 +26,8 @@ from tqdm import tqdm
 import hyperproto
 
 MODEL, IMAGE_SIZE, BATCH_SIZE = "resnet18", 224, 128
-LEARNING_RATE, WEIGHT_DECAY = 0.2, 5e-4
+#: The learning rate is divided by the scale of the loss, since the gradient grows with that.
+LEARNING_RATE, WEIGHT_DECAY = 2.0, 5e-4
 
 #: Share of the training images that only the temperature is fitted on.
 HOLDOUT = 0.02
@@ -61,8 +62,9 @@ def load_data(folder: Path) -> tuple[DataLoader, DataLoader, DataLoader, DataLoa
 def train(model: nn.Module, loader: DataLoader, epochs: int) -> None:
     """An ordinary loop."""
     criterion = hyperproto.PrototypeCrossEntropyLoss(model)
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, epochs * len(loader), cycle_momentum=False)
+    rate = LEARNING_RATE / criterion.scale
+    optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs * len(loader), cycle_momentum=False)
     model.train()
     for _ in tqdm(range(epochs), desc="epochs"):
         for images, labels in loader:

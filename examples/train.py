@@ -164,7 +164,8 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--loss", choices=("balanced", "long-tail", "cross-entropy"),
                        default="cross-entropy", help="squared pull, dot regression, or over the cosines")
     model.add_argument("--reduction", choices=("mean", "sum"), default="mean", help="of the loss over a batch")
-    model.add_argument("--scale", type=float, default=16.0, help="of the cosines in --loss cross-entropy")
+    model.add_argument("--scale", type=float,
+                       help="of the cosines in --loss cross-entropy (default: hyperproto's own)")
 
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=int, default=20, help="passes over the training images")
@@ -520,7 +521,12 @@ class Trainer:
                 fit_softmax(model.get_submodule(name), batches, args.refit)
         else:
             with self.autocast():
-                hyperproto.refit_head(model, self.loaders.fit, scale=args.scale, iterations=args.refit)
+                hyperproto.refit_head(model, self.loaders.fit, **self.refit_options())
+
+    def refit_options(self) -> dict[str, Any]:
+        """What hyperproto's fits are told; without `--scale` they choose theirs."""
+        scale = {} if self.args.scale is None else {"scale": self.args.scale}
+        return {"iterations": self.args.refit, **scale}
 
     def fit_final_head(self) -> None:
         """Put heads of `--final-dim` dimensions in the places of the trained ones."""
@@ -533,9 +539,7 @@ class Trainer:
             return
         with self.autocast():
             if args.final_bank == "class-vectors":
-                hyperproto.compress_head(
-                    model, self.loaders.fit, dim=args.final_dim, scale=args.scale, iterations=args.refit
-                )
+                hyperproto.compress_head(model, self.loaders.fit, dim=args.final_dim, **self.refit_options())
             else:
                 hyperproto.restore_model(model)
                 bank = load_bank(args.final_bank)
@@ -543,7 +547,7 @@ class Trainer:
                     model, dim=args.final_dim, bank=bank, projection=args.projection, seed=args.seed
                 )
                 hyperproto.fit_head(model, self.loaders.fit)
-                hyperproto.refit_head(model, self.loaders.fit, scale=args.scale, iterations=args.refit)
+                hyperproto.refit_head(model, self.loaders.fit, **self.refit_options())
 
     def features(self) -> dict[str, Batches]:
         """What reaches each head of free class vectors from the training images as they are, with labels."""
@@ -562,16 +566,16 @@ class Trainer:
                 print("  ".join(f"{key} {value:.5g}" for key, value in entry.items()), flush=True)
                 if self.args.output is not None:
                     self.save(self.args.output)
+        if isinstance(self.criterion, hyperproto.PrototypeCrossEntropyLoss):
+            # Probabilities are those that the loss saw.
+            for head in hyperproto.get_heads(self.evaluated_model()).values():
+                head.logit_scale.fill_(self.criterion.scale)
         started = time.perf_counter()
         if self.args.final_dim is not None:
             self.fit_final_head()
         elif self.args.refit is not None:
             self.refit()
         self.fit_seconds = time.perf_counter() - started
-        if self.args.loss == "cross-entropy":
-            # Probabilities are those that the loss saw.
-            for head in hyperproto.get_heads(self.evaluated_model()).values():
-                head.logit_scale.fill_(self.args.scale)
 
     def _train_epoch(self, epoch: int) -> dict[str, Any]:
         args, loader = self.args, self.loaders.train

@@ -73,6 +73,9 @@ TRAINED_IN = {"banks": "balanced", "ablation": "balanced", "variants": "balanced
 #: File of the bank that minimises the published potential as far as it was published.
 AS_PUBLISHED = "uniform-as-published-{dim}.npy"
 
+#: The scale of the cosines in all these suites, older than the default is.
+SCALE = "--scale 16"
+
 #: Training towards the simplex, and the refit.
 RECIPE = "--head etf --loss cross-entropy --lr 0.2 --refit 200"
 #: Training towards fixed prototypes in half as many dimensions as there are classes, and the refit.
@@ -184,7 +187,7 @@ BUDGET["quarter"] = f"{BUDGET['published']} --epochs 50 --milestones 40 45"
 
 def runs(suite: str) -> Iterator[tuple[str, list[str]]]:
     """Name of the method and flags of train.py of each run, the most telling first."""
-    budget = BUDGET[TRAINED_IN.get(suite, suite)]
+    budget = f"{BUDGET[TRAINED_IN.get(suite, suite)]} {SCALE}"
     for seed in SEEDS[suite]:
         for dim in DIMS[suite]:
             for method, template in METHODS[suite].items():

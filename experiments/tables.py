@@ -5,16 +5,20 @@
 Every figure is of the last epoch; n runs with other seeds give mean and standard deviation, and one run stands alone.
 """
 
-import json
+import math
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import cifar100
+import finetune
+import numpy as np
+import scale as scale_grid
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/results.md"
+SCALES = ROOT / "docs/training.md"
 README = ROOT / "README.md"
 
 #: Rows of the short tables, by suite: method, dimension, what it says.
@@ -114,21 +118,70 @@ def short_table(suite: str) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
-def frozen_lines() -> list[dict[str, Any]]:
-    """Result lines of frozen.py."""
-    path = Path(__file__).parent / "results/frozen.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def scale_table(suite: str) -> str:
+    """Of each scale and dimension the accuracy at the best learning rate, and that rate."""
+    found: dict[tuple[float | str, int], dict[float, float]] = defaultdict(dict)
+    for line in cifar100.results_of("scale"):
+        if line["suite"] == suite:
+            found[line["scale"], line["dim"]][line["rate"]] = line["top1"]
+    found["default", cifar100.NUM_CLASSES] = found[9.1, cifar100.NUM_CLASSES]
+    given = sorted(scale for scale in scale_grid.SCALES if isinstance(scale, float))
+    rows = [["scale", *(f"D = {dim}" for dim in scale_grid.DIMS)], ["---"] * (1 + len(scale_grid.DIMS))]
+    for scale in (*given, "default", "learned"):
+        cells = [scale if isinstance(scale, str) else f"{scale:g}"]
+        for dim in scale_grid.DIMS:
+            accuracies = found[scale, dim]
+            best = max(accuracies, key=lambda rate: accuracies[rate], default=None)
+            cells.append("-" if best is None else f"{accuracies[best]:.1f} ({best:g})")
+        rows.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def finetuned_table() -> str:
+    """One row for each method and dimension, with the difference to full softmax on the same test images."""
+    found: dict[tuple[int | None, str], dict[int, dict[str, Any]]] = defaultdict(dict)
+    for line in cifar100.results_of("finetune"):
+        found[line["dim"], line["method"]][line["seed"]] = line
+    peers = found[None, finetune.WIDE[1]]
+    header = ["D", "method", "n", "before training", "accuracy", "less than full softmax", "calibration, fitted"]
+    rows = [header, ["---"] * len(header)]
+    for dim, methods in ((None, finetune.WIDE), *((dim, finetune.NARROW) for dim in finetune.DIMS)):
+        for method in methods:
+            lines = found.get((dim, method), {})
+            if not lines:
+                continue
+            figures = [shown(list(lines.values()), key) for key in ("start_top1", "top1", "calibration_error_fitted")]
+            gap = difference([(lines[seed], peers[seed]) for seed in lines if seed in peers and lines != peers])
+            rows.append([str(dim or 1280), method, str(len(lines)), *figures[:2], gap, figures[2]])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def difference(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+    """By how much the second of each pair of result lines is the more accurate, and the standard error of that.
+
+    The error is that of test images drawn anew, which each pair has in common.
+    """
+    if not pairs:
+        return "-"
+    both = np.array([[correct_images(line) for line in pair] for pair in pairs], dtype=float)  # (pairs, 2, images)
+    gaps = (both[:, 1] - both[:, 0]).mean(axis=0)
+    return f"{100 * gaps.mean():.1f} ± {100 * gaps.std() / math.sqrt(len(gaps)):.1f}"
+
+
+def correct_images(line: dict[str, Any]) -> np.ndarray:
+    """(images,) of 0 and 1: which test images a run was right on."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(line["correct"]), dtype=np.uint8))
 
 
 def frozen_table(key: str, methods: tuple[str, ...]) -> str:
     """A figure of heads on frozen features: one row for each number of images and dimension, one column a method."""
-    lines = frozen_lines()
+    lines = cifar100.results_of("frozen")
     rows = [["D", "images a class", "n", *methods], ["---"] * (3 + len(methods))]
     for images in sorted({line["images"] for line in lines}):
         for dim in sorted({line["dim"] for line in lines}, reverse=True):
             cells = {
                 method: [
-                    line for line in lines if [line[k] for k in ("images", "dim", "method")] == [images, dim, method]
+                    line for line in lines if (line["images"], line["dim"], line["method"]) == (images, dim, method)
                 ]
                 for method in methods
             }
@@ -141,7 +194,7 @@ def frozen_table(key: str, methods: tuple[str, ...]) -> str:
 
 def differences(method: str, key: str) -> str:
     """Mean difference of a method to what `key` says, with its standard error, for each number of images and D."""
-    lines = [line for line in frozen_lines() if line["method"] == method]
+    lines = [line for line in cifar100.results_of("frozen") if line["method"] == method]
     rows = [["D", "images a class", "n", "difference", "standard error"], ["---"] * 5]
     for images in sorted({line["images"] for line in lines}):
         for dim in sorted({line["dim"] for line in lines}, reverse=True):
@@ -164,6 +217,9 @@ def main() -> None:
     """Put the table of each suite that has results between its marks, and the short ones."""
     for suite in filter(cifar100.results_of, cifar100.METHODS):
         put(PAGE, suite, table(suite))
+    for suite in ("scratch", "frozen"):
+        put(SCALES, suite, scale_table(suite))
+    put(PAGE, "finetuned", finetuned_table())
     put(PAGE, "frozen", frozen_table("top1", FROZEN))
     put(PAGE, "frozen calibration", frozen_table("calibration_error", FROZEN[:5]))
     put(PAGE, "frozen peer", differences("class vectors", "minus_peer"))

@@ -21,6 +21,7 @@ from hyperproto.errors import (
     HyperprotoWarning,
     LabelError,
     NotLinearError,
+    RankError,
     ShapeError,
 )
 from hyperproto.fitting.compress_head import compress_head
@@ -58,6 +59,7 @@ __all__ = [
     "NotLinearError",
     "PrototypeBank",
     "PrototypeCrossEntropyLoss",
+    "RankError",
     "ShapeError",
     "compress_head",
     "convert_model",

@@ -9,8 +9,12 @@ from torch import Tensor
 
 
 def packed_labels(chosen: Tensor) -> bytes:
-    """The labels that a mask (C,) on the CPU chooses, at four bytes each: an assigner keeps those of every step."""
-    return chosen.nonzero().flatten().numpy().astype(np.int32).tobytes()
+    """The labels that a mask (C,) on the CPU chooses, at a bit a label: an assigner keeps those of many steps."""
+    return np.packbits(chosen.numpy()).tobytes()
+
+
+def _unpacked(packed: bytes) -> tuple[int, ...]:
+    return tuple(np.flatnonzero(np.unpackbits(np.frombuffer(packed, np.uint8))).tolist())
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,12 @@ class AssignmentStep:
     @property
     def moved_labels(self) -> tuple[int, ...]:
         """Labels that moved to another prototype, ascending."""
-        return tuple(np.frombuffer(self.packed_moved, np.int32).tolist())
+        return _unpacked(self.packed_moved)
 
     @property
     def unseen(self) -> tuple[int, ...]:
         """Labels without a class mean so far, ascending; they count as similarity 0."""
-        return tuple(np.frombuffer(self.packed_unseen, np.int32).tolist())
+        return _unpacked(self.packed_unseen)
 
     def __str__(self) -> str:
         text = (

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperproto.arguments import matrix, seed_number, whole_number
+from hyperproto.arguments import flag, matrix, readable, seed_number, whole_number
 from hyperproto.constructions import CONSTRUCTIONS, choose_method
 from hyperproto.constructions.class_vectors import class_vector_points
 from hyperproto.errors import BankError
@@ -19,6 +19,8 @@ from hyperproto.telling import tell
 #: Largest difference of an entry between prototypes that count as the same: what other machines' rounding makes of one
 #: construction, and far below what separates two.
 SAME_PROTOTYPES = 1e-4
+#: How far from 1 the length of a row may be: averages over buffers move prototypes by their rounding.
+UNIT_LENGTH = 1e-3
 #: Distance of two rows below which they are one direction, normalised from two lengths.
 SAME_DIRECTION = 1e-6
 #: Rows that a move between devices compares at a time.
@@ -87,6 +89,8 @@ class PrototypeBank(nn.Module):
                 f"expected a method among {known}, got {method!r}. For prototypes of your own use "
                 "PrototypeBank.from_tensor(prototypes)."
             )
+        power = whole_number(power, "power", largest=2, error=BankError)
+        half_space = flag(half_space, "half_space")
         _check_energy_options(method, power, half_space)
         options = {"power": power, "half_space": half_space} if method == "energy" else {}
         generator = torch.Generator(device="cpu").manual_seed(seed)
@@ -110,6 +114,7 @@ class PrototypeBank(nn.Module):
                     [ 0., -1.]])
         """
         prototypes = matrix(prototypes, "prototypes of shape (P, D), P >= 2 and D >= 2", smallest=(2, 2))
+        prototypes = readable(prototypes, "prototypes")
         unit_rows = normalise(prototypes.detach())
         # NaN compares false, so that rows of NaN or infinity are caught with the zero rows.
         pointless = torch.nonzero(~(unit_rows.norm(dim=1) > 0.5)).flatten().tolist()
@@ -160,7 +165,7 @@ class PrototypeBank(nn.Module):
         """
         dim = whole_number(dim, "dim", error=BankError)
         vectors = matrix(vectors, "class vectors of shape (C, E), C >= 2", smallest=(2, 1))
-        vectors = vectors.detach().cpu().double()
+        vectors = readable(vectors, "class vectors").detach().cpu().double()
         # NaN and infinity make the largest offset NaN, which compares false.
         offsets = (vectors - vectors.mean(dim=0)).norm(dim=1)
         pointless = torch.nonzero(~(offsets > 1e-6 * offsets.max())).flatten().tolist()
@@ -212,24 +217,32 @@ class PrototypeBank(nn.Module):
         """What `print` shows of the bank."""
         return f"num_prototypes={self.num_prototypes}, dim={self.dim}, method={self.method!r}"
 
-    def check_checkpoint(self, state_dict: Mapping[str, Any], prefix: str) -> None:
-        """Raise unless what a `state_dict` holds for this bank under a prefix are its own prototypes.
+    def forward(self) -> Tensor:
+        """(P, D), the prototypes. A call, so that hooks on modules (offloading) bring the buffer to where it is."""
+        return self.prototypes
 
-        A bank by itself loads others of its shape; a head, whose model has trained towards the ones it has, asks this.
+    def check_checkpoint(self, state_dict: Mapping[str, Any], prefix: str, *, alone: bool = False) -> None:
+        """Raise unless what a `state_dict` holds for this bank under a prefix are prototypes of its shape.
+
+        Args:
+            state_dict: of the bank, or of what holds it.
+            prefix: of the bank's keys.
+            alone: whether they come without the assignment that belongs to them: then only the bank's own will do.
 
         Raises:
-            BankError: other prototypes, in shape, dtype or values. A bank without values (on the device "meta", or
-                made by `to_empty`) has none that could differ.
+            BankError: another shape or dtype, rows that are no prototypes, or others than the bank's where these are
+                alone.
         """
-        prototypes = state_dict.get(prefix + "prototypes")
-        if prototypes is not None:
-            _check_same_prototypes(self.prototypes, prototypes, prefix + "prototypes")
+        name = prefix + "prototypes"
+        if name in state_dict:
+            got = state_dict[name]
+            _check_kind(self.prototypes, got, name)
+            _check_unit_rows(got, name)
+            if alone:
+                _check_same_prototypes(self.prototypes, got, name)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        prototypes = state_dict.get(prefix + "prototypes")
-        if prototypes is not None:
-            _check_kind(self.prototypes, prototypes, prefix + "prototypes")
-            _check_unit_rows(prototypes, prefix + "prototypes")
+        self.check_checkpoint(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PrototypeBank":
@@ -258,7 +271,7 @@ def _check_unit_rows(got: Tensor, name: str) -> None:
     if got.is_meta:
         return
     error = float((got.norm(dim=1) - 1.0).abs().max())
-    if not error <= SAME_PROTOTYPES:
+    if not error <= UNIT_LENGTH:
         raise BankError(
             f"the checkpoint's {name} has rows that are no prototypes: one has a length that is off 1 by {error:.2g}. "
             "The entry was cast, averaged or damaged; take prototypes from the bank itself, or from another checkpoint."
@@ -292,26 +305,23 @@ def _check_kind(expected: Tensor, got: Tensor, name: str) -> None:
 
 
 def _check_same_prototypes(expected: Tensor, got: Tensor, name: str) -> None:
-    """Raise unless a checkpoint's prototypes are those expected; where these have no values, any of their shape.
+    """Raise unless a checkpoint's prototypes are those expected; where these have no values, any.
 
     Raises:
-        BankError: another shape or dtype, or other values.
+        BankError: other values.
     """
-    _check_kind(expected, got, name)
     if got.is_meta or not has_values(expected):
         return
     difference = float((got.to(expected.device) - expected).abs().max())
     if not difference <= SAME_PROTOTYPES:
         raise BankError(
-            f"the checkpoint's {name} holds other prototypes than this head: entries differ by up to {difference:.2g}. "
-            "Build the head with the same method and seed, or with the checkpoint's own prototypes: "
-            f'bank=PrototypeBank.from_tensor(checkpoint["{name}"]).'
+            f"the checkpoint's {name} holds other prototypes than this head, and no assignment: entries differ by up "
+            f"to {difference:.2g}. Which label each stands for is in the key `assignment` beside it: load both, or "
+            "neither."
         )
 
 
 def _check_energy_options(method: str, power: int, half_space: bool) -> None:
-    if power not in (0, 1, 2) or isinstance(power, bool):
-        raise BankError(f"expected power to be 0, 1 or 2, got {power}.")
     if method != "energy" and (power != 2 or half_space):
         raise BankError(
             f'power and half_space are options of method="energy", got power={power} and half_space={half_space} '

@@ -1,7 +1,8 @@
 """The format of what this library writes into a `state_dict`, and whether it can be read.
 
 A buffer carries the version of the format rather than torch's metadata, which safetensors and
-torch.distributed.checkpoint drop.
+torch.distributed.checkpoint drop. For a head it also counts how often labels were given their prototypes: the low 32
+bits are the version, those above them the count, and no average keeps both.
 """
 
 from collections.abc import Mapping
@@ -13,19 +14,34 @@ from torch import Tensor
 from hyperproto.errors import CheckpointError
 
 #: To be raised whenever entries of a `state_dict` change their name or their meaning.
-FORMAT_VERSION = 1
+#: 2: heads have `assignment_record`.
+FORMAT_VERSION = 2
 
 KEY = "format_version"
 
+#: What the count is of, and what no version reaches: an average of two buffers may have any low half above.
+COUNTED_IN, SMALLEST_NO_VERSION = 2**32, 256
 
-def format_version() -> Tensor:
+
+def format_version(count: int = 0) -> Tensor:
     """The buffer `format_version` of a module: () int64.
 
     Examples:
         >>> format_version()
-        tensor(1)
+        tensor(2)
     """
-    return torch.tensor(FORMAT_VERSION, dtype=torch.int64, device="cpu")
+    return torch.tensor(FORMAT_VERSION + count * COUNTED_IN, dtype=torch.int64, device="cpu")
+
+
+def count_in(stamp: Tensor) -> int | None:
+    """The count of a buffer `format_version` of the present format; None if it is no such number, as in averages.
+
+    Examples:
+        >>> count_in(format_version(7)), count_in((0.9 * format_version(7)).long())
+        (7, None)
+    """
+    count, version = divmod(int(stamp), COUNTED_IN)
+    return count if version == FORMAT_VERSION and count > 0 else None
 
 
 def check_format(state_dict: Mapping[str, Any], prefix: str) -> None:
@@ -35,19 +51,22 @@ def check_format(state_dict: Mapping[str, Any], prefix: str) -> None:
         CheckpointError: it was.
     """
     found = state_dict.get(prefix + KEY)
-    if found is not None and not found.is_meta and int(found) > FORMAT_VERSION:
+    if found is None or found.is_meta or found.is_floating_point():  # an average, whose low bits say nothing
+        return
+    count, version = divmod(int(found), COUNTED_IN)
+    if version > FORMAT_VERSION and (count == 0 or version < SMALLEST_NO_VERSION):
         raise CheckpointError(
-            f"the checkpoint's {prefix}{KEY} is {int(found)}, and this version of hyperproto reads formats up to "
+            f"the checkpoint's {prefix}{KEY} is {version}, and this version of hyperproto reads formats up to "
             f"{FORMAT_VERSION}. Update hyperproto to load it."
         )
 
 
-def stamp_format_(state_dict: dict[str, Any], prefix: str) -> None:
+def stamp_format_(state_dict: dict[str, Any], prefix: str, count: int = 0) -> None:
     """Let what a `state_dict` holds under a prefix say the present version, in place; nothing if it holds nothing.
 
     A module that loads an older format, or one from before there were versions, has the present one from then on.
     """
     for name, value in state_dict.items():
         if name.startswith(prefix):
-            state_dict[prefix + KEY] = format_version().to(value.device)
+            state_dict[prefix + KEY] = format_version(count).to(value.device)
             break

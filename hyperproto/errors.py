@@ -33,6 +33,10 @@ class CheckpointError(HyperprotoError, ValueError):
     """A checkpoint was written for something else than what it is loaded into."""
 
 
+class RankError(HyperprotoError, RuntimeError):
+    """The ranks of a process group have something else each, or another rank has raised an error."""
+
+
 class HeadNotFoundError(HyperprotoError, ValueError):
     """A model has no classifier to replace, or no hyperspherical head."""
 

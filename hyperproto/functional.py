@@ -20,8 +20,9 @@ from hyperproto.arguments import (
     share,
     whole_number,
 )
-from hyperproto.errors import ArgumentError, ShapeError
+from hyperproto.errors import ArgumentError, LabelError, ShapeError
 from hyperproto.matching.solve import AssignmentSolution, solve_assignment
+from hyperproto.separation import placed_scale
 from hyperproto.sphere import hyperspherical_energy
 from hyperproto.targets import IGNORE_INDEX, Target, count_own_label, is_seen, read_target, to_look_up
 
@@ -40,9 +41,6 @@ Reduction = Literal["mean", "sum", "none"]
 
 #: Asked for once: in a compiled loss `get_args` is a graph break in torch 2.6.
 REDUCTIONS = get_args(Reduction)
-
-#: What no label is: for fits, which ignore no sample.
-NO_LABEL = -(2**63)
 
 
 def balanced_loss(
@@ -124,7 +122,7 @@ def prototype_cross_entropy(
     cosines: Tensor,
     target: Tensor,
     *,
-    scale: float = 16.0,
+    scale: float | None = None,
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
@@ -137,7 +135,7 @@ def prototype_cross_entropy(
     Args:
         cosines: (B, C).
         target: labels (B,) int64 or soft targets (B, C).
-        scale: s > 0, the inverse temperature.
+        scale: s > 0, the inverse temperature; by default that of a head on a simplex.
         label_smoothing: share of the target spread evenly over all classes, in [0, 1].
         weight: (C,) weights of the labels, not negative; the mean is then that of `torch.nn.CrossEntropyLoss`: labels
             are divided by the sum of their weights, soft targets by the number of samples.
@@ -159,13 +157,16 @@ def prototype_cross_entropy(
         Shen et al., arXiv 2303.11637 (equiangular basis vectors).
     """
     cosines, checked = _read(cosines, target, ignore_index)
+    if scale is None:
+        num_classes = max(cosines.shape[1], 2)
+        scale = placed_scale(num_classes, rho=-1.0 / (num_classes - 1))
     return scaled_cross_entropy(
         cosines,
         checked.values,
         scale=positive_number(scale, "scale"),
         label_smoothing=share(label_smoothing, "label_smoothing"),
         weight=None if weight is None else class_weights(weight, cosines.shape[1]).to(cosines.device),
-        ignore_index=checked.ignore_index,
+        kept=checked.kept,
         reduction=reduction,
     )
 
@@ -178,22 +179,24 @@ def scaled_cross_entropy(
     label_smoothing: float,
     reduction: Reduction,
     weight: Tensor | None = None,
-    ignore_index: int = NO_LABEL,
+    kept: Tensor | None = None,
 ) -> Tensor:
-    """`prototype_cross_entropy` of what has been checked."""
+    """`prototype_cross_entropy` of what has been checked; `kept` (B,): which labels count, None for all."""
     is_soft = target.dim() == 2
-    kept = target != ignore_index
+    looked_up = target.float() if is_soft else to_look_up(target, cosines.shape[1])
     losses = F.cross_entropy(
         scale * cosines.float(),
-        target.float() if is_soft else torch.where(kept, to_look_up(target, cosines.shape[1]), target),
+        looked_up if kept is None else torch.where(kept, looked_up, IGNORE_INDEX),
         weight=weight,
         reduction="none",
         label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
+        ignore_index=IGNORE_INDEX,
     )
     if is_soft:
         return _reduce(losses, reduction)
-    shares = kept if weight is None else torch.where(kept, weight[torch.where(kept, target, 0)], 0.0)
+    if weight is None:
+        return _reduce(losses, reduction, kept)
+    shares = weight[target] if kept is None else torch.where(kept, weight[torch.where(kept, target, 0)], 0.0)
     return _reduce(losses, reduction, shares)
 
 
@@ -232,13 +235,25 @@ def batch_squared_lengths(target: Tensor, *, ignore_index: int = IGNORE_INDEX) -
     Returns:
         (B, 1) for labels, each sample's own (any number for ignored ones); (1, C) for soft targets.
 
+    Raises:
+        LabelError: neither labels nor soft targets.
+        ArgumentError: ignore_index is no whole number.
+
     Examples:
         >>> batch_squared_lengths(torch.tensor([0, 0, 1])).flatten()
         tensor([0.7500, 0.7500, 1.5000])
     """
+    target = as_tensor(target, "the target", error=LabelError)
+    ignored = whole_number(ignore_index, "ignore_index", smallest=SMALLEST_INT)
+    is_soft = target.dim() == 2 and target.is_floating_point()
+    if not is_soft and not (target.dim() == 1 and target.dtype == torch.int64):
+        raise LabelError(
+            "expected labels (B,) in torch.int64 or soft targets (B, C) in a floating dtype, got "
+            f"{tuple(target.shape)} and {target.dtype}."
+        )
     if target.dim() == 1:
         own_counts = count_own_label(target)
-        kept = target != ignore_index
+        kept = target != ignored
         # Every class present adds n_c samples of 1 / n_c each.
         num_present = (kept / own_counts).sum()
         # The floor is for a batch of ignored samples only.
@@ -265,6 +280,7 @@ def squared_class_lengths(class_counts: Tensor, num_classes: int) -> Tensor:
         >>> squared_class_lengths(torch.tensor([30, 10]), 2)
         tensor([0.6667, 2.0000])
     """
+    num_classes = whole_number(num_classes, "num_classes", smallest=1)
     counts = numbers_by_label(class_counts, "class_counts", num_classes)
     if not bool((torch.isfinite(counts) & (counts > 0)).all()):
         wrong = torch.nonzero(~(torch.isfinite(counts) & (counts > 0))).flatten()[:5].tolist()
@@ -302,7 +318,7 @@ def _read(cosines: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, T
             f"expected cosines of shape (B, C), in a floating dtype, got {tuple(cosines.shape)} and {cosines.dtype}."
         )
     ignored = whole_number(ignore_index, "ignore_index", smallest=SMALLEST_INT)
-    return cosines, read_target(target, len(cosines), cosines.shape[1], cosines.device, ignore_index=ignored)
+    return cosines, read_target(target, cosines.shape[:1], cosines.shape[1], cosines.device, ignore_index=ignored)
 
 
 def _at_labels(values: Tensor, target: Target) -> Tensor:

@@ -1,17 +1,18 @@
 """The classifier that does not train: a projection onto the sphere, and cosines with fixed prototypes."""
 
-import weakref
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hyperproto.arguments import choice, seed_number, shown, whole_number
 from hyperproto.bank import PrototypeBank
 from hyperproto.codebook import Codebook, TrainingOutput
-from hyperproto.errors import ArgumentError, BankError, HeadNotFoundError, NotLinearError
+from hyperproto.errors import ArgumentError, BankError, NotLinearError
+from hyperproto.precision import check_full_precision
 from hyperproto.projection import (
     Projection,
+    be_leaf_,
     build_projection,
     check_features,
     seed_of_projection,
@@ -19,8 +20,9 @@ from hyperproto.projection import (
 )
 from hyperproto.sphere import assigned_cosines, normalise
 
-# Leaves to torch.fx: what they decide by shape is decided when a traced graph runs, and the buffers that they gather
-# from enter it by name, where gathering them while tracing would freeze the assignment of that moment into a constant.
+# Leaves to torch.fx where a head itself is traced: what they decide by shape is decided when the graph runs, and the
+# buffers that they gather from enter it by name, where gathering them while tracing would freeze the assignment of that
+# moment into a constant.
 torch.fx.wrap("assigned_cosines")
 torch.fx.wrap("check_features")
 torch.fx.wrap("normalise")
@@ -40,9 +42,8 @@ class HypersphericalHead(Codebook):
     `assignment` (an integer buffer, gathered at use, so that averaging weights cannot blend two assignments).
     Everything from the normalisation on is computed in float32, also under autocast and in half-precision models.
 
-    timm's `ModelEmaV3` and torch's `AveragedModel` copy integers, so that an average carries the latest assignment.
-    With `use_buffers=True` torch averages integers too, and the averaged head raises at evaluation until it is given
-    the model's assignment again, `averaged_head.assign_(head.assignment)`.
+    The assignment comes through averages of weights and checkpoints as it is, or evaluation raises: see
+    `hyperproto.assignment_record`.
 
     Args:
         in_features: width of the features that come in.
@@ -52,7 +53,8 @@ class HypersphericalHead(Codebook):
         projection: "none" uses the features themselves (needs dim == in_features); "linear" a bias-free linear map,
             so that scaling the features changes no logit; "linear+bn" the same with batch norm before the
             normalisation; "auto" is "linear+bn".
-        logit_scale: s > 0; by default such that a sample on its prototype gets a probability of about 0.99.
+        logit_scale: s > 0; by default such that a sample on its prototype gets a probability of 0.99 from a simplex,
+            and smaller in few dimensions (`separation.default_logit_scale`).
         training_output: "logits", or "embedding": in train mode return z (B, D), so that this library's losses cost
             O(B D) whatever C is. In eval mode logits are returned in either case.
         seed: of the bank, and of the projection's start, which are independent of each other.
@@ -67,7 +69,8 @@ class HypersphericalHead(Codebook):
         ArgumentError: an option outside its range.
         BankError: the bank cannot be built or does not fit.
         ShapeError: at call, for features of another width.
-        AssignmentError: at call, in eval mode or under `no_grad`, where `assignment` was overwritten by no assignment.
+        AssignmentError: at call, in eval mode or under `no_grad`, where the buffers are an average over different
+            assignments, or `assignment` was overwritten by none.
 
     Examples:
         >>> head = HypersphericalHead(64, 10, dim=5)
@@ -122,28 +125,31 @@ class HypersphericalHead(Codebook):
                 f"got {bank.num_prototypes} in dimension {bank.dim}."
             )
         super().__init__(bank, num_classes, logit_scale=logit_scale, training_output=training_output)
-        # The model and the name under which a function of this library put the head in.
-        self._place: tuple[weakref.ref[nn.Module], str] | None = None
         self.in_features = in_features
         self.out_features = num_classes
         self.projection = build_projection(projection, in_features, dim, seed=seed_of_projection(seed))
+        be_leaf_(self)
 
     def forward(self, features: Tensor) -> Tensor:
         """(..., in_features) -> (..., C) logits, or (..., D) embeddings in train mode if so chosen."""
-        embeddings = self.embed(features)
-        if self.training and self.training_output == "embedding":
-            return embeddings
-        if not torch.jit.is_scripting():
-            self._check_written_assignment()
-        return assigned_cosines(embeddings, self.bank.prototypes, self.assignment) * self.logit_scale
+        return self._output(self.embed(features))
 
     def embed(self, features: Tensor) -> Tensor:
         """(..., in_features) -> (..., D) unit rows in float32; a zero row stays zero."""
         if not torch.jit.is_scripting():
+            check_full_precision(self.logit_scale)
             check_features(features, self.in_features)
         # In rows: what torch.nn.SyncBatchNorm.convert_sync_batchnorm puts in takes the second dimension for channels.
         rows = self.projection(features.flatten(0, -2))
         return normalise(unflatten_rows(rows, features))
+
+    def _output(self, embeddings: Tensor) -> Tensor:
+        """What the head returns for embeddings (..., D): logits (..., C), or themselves in train mode if so chosen."""
+        if self.training and self.training_output == "embedding":
+            return embeddings
+        if not torch.jit.is_scripting():
+            self._look()
+        return assigned_cosines(embeddings, self.bank(), self.assignment) * self.logit_scale
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -163,33 +169,6 @@ class HypersphericalHead(Codebook):
             training_output=self.training_output,
         )
 
-    def check_in_use(self) -> None:
-        """Raise if the head was taken out of its model, by this library or by a layer that a user put in its place.
-
-        Raises:
-            HeadNotFoundError: it was.
-        """
-        super().check_in_use()
-        if self._place is None or torch.compiler.is_compiling():
-            return
-        model, name = self._place[0](), self._place[1]
-        layer: Any = model
-        for part in name.split("."):
-            layer = None if layer is None else layer._modules.get(part)
-        if model is None or layer is self:
-            return
-        moved = next((place for place, module in model.named_modules() if module is self), None)
-        if moved is not None:
-            self._place = (self._place[0], moved)
-            return
-        if layer is None or next(layer.parameters(), None) is None:  # a backbone, with the head behind it
-            return
-        raise HeadNotFoundError(
-            f"expected this HypersphericalHead at {name!r} of {type(model).__name__}, where a {type(layer).__name__} "
-            "is now: its outputs are no cosines with this head's prototypes. Put the head back, or convert the model "
-            "again (hyperproto.convert_model) and make a new assigner, criterion and optimizer."
-        )
-
     def extra_repr(self) -> str:
         """What `repr` shows."""
         return (
@@ -204,10 +183,6 @@ class HypersphericalHead(Codebook):
                 "restore the model and convert it anew: hyperproto.convert_model(hyperproto.restore_model(model), ...)."
             )
         super().__setattr__(name, value)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy is not the module at that place, and a weak reference cannot be pickled.
-        return {**self.__dict__, "_place": None}
 
     def __getattr__(self, name: str) -> Any:
         if name in ("weight", "bias"):

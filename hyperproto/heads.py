@@ -22,6 +22,22 @@ def get_heads(model: nn.Module) -> dict[str, HypersphericalHead]:
     return {name: each for name, each in module(model).named_modules() if isinstance(each, HypersphericalHead)}
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of wrappers that hold nothing else, such as DistributedDataParallel and torch.compile.
+
+    Examples:
+        >>> model = nn.Linear(2, 2)
+        >>> unwrapped(nn.DataParallel(model)) is model
+        True
+    """
+    while list(model._modules) in (["module"], ["_orig_mod"]):
+        [inner] = model._modules.values()
+        if inner is None:
+            break
+        model = inner
+    return model
+
+
 def require_heads(model: nn.Module) -> tuple[HypersphericalHead, ...]:
     """The model's heads, at least one; all of one task.
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from hyperproto.arguments import SMALLEST_INT, numbers_by_label, positive_number, share, whole_number
+from hyperproto.arguments import SMALLEST_INT, as_tensor, numbers_by_label, positive_number, share, shown, whole_number
 from hyperproto.assigner import DynamicAssigner
+from hyperproto.errors import ArgumentError, ShapeError
 from hyperproto.functional import (
     Reduction,
     batch_squared_lengths,
@@ -22,7 +23,8 @@ from hyperproto.head import HypersphericalHead
 from hyperproto.heads import require_heads
 from hyperproto.precision import keeping_dtype
 from hyperproto.readout import Readout
-from hyperproto.targets import IGNORE_INDEX, Target, is_seen, largest_total, read_target
+from hyperproto.separation import default_logit_scale
+from hyperproto.targets import IGNORE_INDEX, Target, is_seen, largest_total
 from hyperproto.telling import tell
 
 #: Soft targets of a sample may add up to this: sums of a thousand shares in bfloat16 are off 1 by less.
@@ -37,6 +39,9 @@ class PrototypeLoss(nn.Module):
         ignore_index: label of samples that do not count, in no class mean either; the mean is over the others.
         reduction: "mean", "sum" (as in the papers' code) or "none".
     """
+
+    #: For fastai: labels are whole numbers, of which MixUp weighs the losses, not the labels.
+    y_int = True
 
     def __init__(self, source: nn.Module, *, ignore_index: int = IGNORE_INDEX, reduction: Reduction = "mean") -> None:
         super().__init__()
@@ -53,26 +58,35 @@ class PrototypeLoss(nn.Module):
         """The head whose prototypes the loss pulls towards."""
         return self._heads[0]
 
-    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+    def forward(self, output: Tensor, target: Tensor, indices_tuple: object = None) -> Tensor:
         """Loss of what the model returned; feeds the assigner when training.
 
         The assigner is fed where gradients are on and both criterion and head are in train mode, so that validation
         with the same criterion leaves it alone.
 
+        Each position of a feature map, or of a sequence of tokens, is a sample where the head returns an output for
+        it: the loss is that over all positions, as if they were a batch of rows.
+
         Args:
-            output: (B, C) logits, not probabilities, or (B, D) embeddings.
-            target: labels (B,) int64 or soft targets (B, C) whose rows add up to 1.
+            output: (B, C) logits, not probabilities, or (B, D) embeddings. Of positions what the head returns:
+                (B, ..., C), or (B, C, H, W) from a head over feature maps.
+            target: labels (B,) int64 or soft targets (B, C) whose rows add up to 1. Of positions labels (B, ...), and
+                soft targets with C where the output has it.
+            indices_tuple: the pairs that pytorch-metric-learning hands to every loss; of no use here.
 
         Returns:
-            () or, for reduction "none", (B,) float32.
+            () or, for reduction "none", a float32 number for each sample or position, (B,) or (B, ...).
 
         Raises:
             ShapeError, ArgumentError, LabelError: output or target do not fit; nothing has changed then.
         """
+        if not isinstance(indices_tuple, tuple | None):
+            raise ArgumentError(
+                "expected no third argument, or the tuple of indices that pytorch-metric-learning hands on, got "
+                f"{shown(indices_tuple)}. Weights of classes are an option, PrototypeCrossEntropyLoss(..., weight=...)."
+            )
         readout = self.head.read(output)
-        checked = read_target(
-            target, output.shape[0], self.head.num_classes, output.device, ignore_index=self.ignore_index
-        )
+        checked = readout.read_target(target, ignore_index=self.ignore_index)
         self._check_total(checked)
         loss = self._loss(readout, checked)
         if self.assigner is not None and torch.is_grad_enabled():
@@ -80,7 +94,24 @@ class PrototypeLoss(nn.Module):
                 self.assigner.feed(readout, checked)
             else:
                 self.assigner.leave_out(criterion_trains=self.training)
-        return loss
+        return loss.reshape(readout.shape) if self.reduction == "none" else loss
+
+    def activation(self, logits: Tensor) -> Tensor:
+        """Probabilities of logits, for fastai's `get_preds`."""
+        return self._of_all_labels(logits).softmax(dim=self.head.class_dim)
+
+    def decodes(self, logits: Tensor) -> Tensor:
+        """Labels of logits or probabilities, for fastai's `predict` and `get_preds`."""
+        return self._of_all_labels(logits).argmax(dim=self.head.class_dim)
+
+    def _of_all_labels(self, logits: object) -> Tensor:
+        values, num_classes, class_dim = as_tensor(logits, "logits"), self.head.num_classes, self.head.class_dim
+        if values.dim() < 2 or values.shape[class_dim] != num_classes or not values.is_floating_point():
+            raise ShapeError(
+                f"expected logits or probabilities of {num_classes} labels in dimension {class_dim}, in a floating "
+                f"dtype, got {tuple(values.shape)} and {values.dtype}."
+            )
+        return values
 
     def extra_repr(self) -> str:
         """What `repr` shows."""
@@ -200,15 +231,18 @@ class LongTailLoss(PrototypeLoss):
         return lengths[None] if target.kept is None else lengths.gather(0, target.places())[:, None]
 
 
-class PrototypeCrossEntropyLoss(PrototypeLoss):
+class PrototypeCrossEntropyLoss(PrototypeLoss, nn.CrossEntropyLoss):  # type: ignore[misc] # reduction is a Literal
     r"""Cross-entropy over scaled cosines with the prototypes fixed ("ETF + CE").
 
-    See `functional.prototype_cross_entropy`. Needs all C cosines: from embeddings it costs O(B C D).
+    See `functional.prototype_cross_entropy`. Needs all C cosines: from embeddings it costs O(B C D). A kind of
+    `torch.nn.CrossEntropyLoss`, by which libraries such as skorch know that probabilities are a softmax.
 
     Args:
         source: a `DynamicAssigner` (fed by the loss), a converted model, or a head.
-        scale: inverse temperature s > 0 of the loss; independent of the head's `logit_scale`. Probabilities are
-            those of the latter: `fit_logit_scale` afterwards.
+        scale: inverse temperature s > 0 of the loss; by default that which a head on this bank starts with
+            (`separation.default_logit_scale`), whatever `logit_scale` is now. Probabilities are those of the latter:
+            `fit_logit_scale` afterwards. The gradient grows with the scale: for SGD a learning rate of about 2 / scale
+            is a start (docs/training.md); to Adam it is all one.
         label_smoothing: in [0, 1].
         weight: (C,) weights of the labels, or a dictionary of them by label; the mean is then that of
             `torch.nn.CrossEntropyLoss`.
@@ -234,13 +268,15 @@ class PrototypeCrossEntropyLoss(PrototypeLoss):
         self,
         source: nn.Module,
         *,
-        scale: float = 16.0,
+        scale: float | None = None,
         label_smoothing: float = 0.0,
         weight: Tensor | None = None,
         ignore_index: int = IGNORE_INDEX,
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__(source, ignore_index=ignore_index, reduction=reduction)
+        if scale is None:
+            scale = default_logit_scale(self.head.bank.prototypes, self.head.num_classes)
         self.scale = positive_number(scale, "scale")
         self.label_smoothing = share(label_smoothing, "label_smoothing")
         weights = None if weight is None else class_weights(weight, self.head.num_classes)
@@ -255,6 +291,6 @@ class PrototypeCrossEntropyLoss(PrototypeLoss):
             scale=self.scale,
             label_smoothing=self.label_smoothing,
             weight=self.weight,
-            ignore_index=self.ignore_index,
+            kept=target.kept,
             reduction=self.reduction,
         )

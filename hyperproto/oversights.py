@@ -5,9 +5,9 @@ A training loop pays for a few sums of small tensors on its own device. Whatever
 
 from __future__ import annotations
 
-import weakref
+import gc
+import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hyperproto.errors import HeadNotFoundError
 from hyperproto.head import HypersphericalHead
-from hyperproto.heads import get_heads
+from hyperproto.heads import get_heads, require_heads
+from hyperproto.module_ref import ModuleRef
 from hyperproto.readout import Readout
-from hyperproto.targets import Target, is_seen
+from hyperproto.targets import SMALLEST_EVIDENCE, Target, is_seen
 from hyperproto.telling import tell
 
-#: Batches with gradients after which an optimiser has stepped: gradient scaling may skip the first few.
+#: Batches with gradients after which an optimiser that writes to the rest of the model has stepped.
 BATCHES_UNTIL_STEPPED = 4
+
+#: The same where nothing was written at all: gradient scaling may skip the first ones, halving its scale at each.
+BATCHES_UNTIL_SCALED = 20
 
 #: Leading entries of each parameter that are compared.
 COMPARED_ENTRIES = 4096
@@ -56,34 +60,52 @@ class Oversights:
         left_out: why a criterion in a training loop did not feed the assigner since the last step, if one did not.
         told: causes that were told.
         watched: parameters of the projection, as they were at the first batch that had gradients.
+        versions: how often the model's other parameters had been written to then, in all.
         num_gradients: batches since then whose gradients came back.
         trains: whether an optimiser was seen to write to one.
+        is_settled: whether it was seen that the model of a copy was copied too.
     """
 
-    source: weakref.ref[nn.Module] | None
+    source: ModuleRef
     left_out: str | None = None
     told: set[str] = field(default_factory=set)
     watched: list[_Watched] = field(default_factory=list)
+    versions: int = 0
     num_gradients: int = 0
     trains: bool = False
+    is_settled: bool = False
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy is of another model, and a pickle holds no weak references.
-        return {**self.__dict__, "source": None}
+    def heads(self, known: tuple[HypersphericalHead, ...]) -> tuple[HypersphericalHead, ...]:
+        """The heads of the assigner's model now, those that adapters have copied since among them.
 
-    def check_source(self, head: HypersphericalHead) -> None:
-        """Raise if the model of the assigner, where it still exists, has another layer in the place of its head.
+        Args:
+            known: the heads that it had; where the model is gone, and they are used by themselves, it has them still.
 
         Raises:
-            HeadNotFoundError: it has.
+            HeadNotFoundError: another layer is in the place of the first, or this is the copy of an assigner that was
+                copied without its model.
         """
-        model = None if self.source is None else self.source()
-        if model is not None and all(each is not head for each in get_heads(model).values()):
+        if self.source.is_copy and not self.is_settled:
+            gc.collect()  # a model that was copied for this reference alone may be part of a cycle
+            self.is_settled = True
+        model = self.source.module
+        if model is None:
+            if self.source.is_copy:
+                raise HeadNotFoundError(
+                    "this assigner, or its criterion, was copied or pickled without its model: it would move labels of "
+                    "a head that no model has. Copy both at once, copy.deepcopy((model, criterion)), or make a new "
+                    "assigner and criterion of the copy of the model."
+                )
+            return known
+        found = tuple(get_heads(model).values())
+        if all(each is not known[0] for each in found):
             raise HeadNotFoundError(
                 f"the head that this assigner was made for is no longer part of its {type(model).__name__}: another "
                 "layer was put in its place, whose outputs are no cosines. If the model has no head any more, call "
                 "hyperproto.convert_model(model, ...); then make a new assigner, criterion and optimizer."
             )
+        same = len(found) == len(known) and all(one is other for one, other in zip(found, known, strict=True))
+        return known if same else require_heads(model)
 
     def leave_out(self, *, criterion_trains: bool) -> None:
         """Note that a criterion whose loss has gradients does not feed the assigner, for something is in eval mode."""
@@ -100,16 +122,18 @@ class Oversights:
                 for each in head.projection.parameters()
                 if each.requires_grad and _has_entries(each)
             ]
-        if self.watched and self.num_gradients < BATCHES_UNTIL_STEPPED:
+            self.versions = self._versions_of_others()
+        if self.watched and self.num_gradients < BATCHES_UNTIL_SCALED:
             readout.output.register_hook(self._count_gradient)  # type: ignore[no-untyped-call]
 
-    def tell(self, head: HypersphericalHead, counts: Tensor, pending: Tensor, noticed: Tensor) -> None:
+    def tell(self, head: HypersphericalHead, counts: Tensor, pending: Tensor, lost: Tensor, noticed: Tensor) -> None:
         """Say what was probably not meant; ends the round.
 
         Args:
             head: the head.
             counts: (C,) samples seen of each label so far.
             pending: (C,) samples of each label since the last step.
+            lost: (C,) samples since then that were left out.
             noticed: (NUM_NOTICED,) int64, what `count_batch_` has counted since.
         """
         counts, pending = counts.cpu().double(), pending.cpu().double()
@@ -121,7 +145,16 @@ class Oversights:
                 "unseen",
                 f"after {counts.sum():.0f} samples {len(counts) - num_seen} of {len(counts)} labels were not seen "
                 "once. They hold prototypes and count in every softmax. Is num_classes that of the data? See "
-                "hyperproto.convert_model(model, num_classes=...).",
+                "hyperproto.convert_model(model, num_classes=...). Where labels come later, all is well.",
+            )
+        num_lost = float(lost.sum())
+        if num_lost >= SMALLEST_EVIDENCE:
+            num_samples = num_lost + float(pending.sum())
+            self._tell_once(
+                "lost",
+                f"{math.ceil(num_lost)} of {num_samples:.0f} samples since the last step are in no class mean: the "
+                "model returned NaN or infinity for them. Look for the cause: broken inputs, the learning rate, half "
+                "precision.",
             )
         self._tell_of_optimizer(head)
         num_batches, of_one, of_two, impossible = noticed.tolist()
@@ -152,7 +185,8 @@ class Oversights:
         self.trains = not all(
             id(each.parameter) in now and _has_entries(each.parameter) and each.is_unchanged() for each in self.watched
         )
-        if not self.trains and self.num_gradients >= BATCHES_UNTIL_STEPPED:
+        steps = self._versions_of_others() != self.versions
+        if not self.trains and self.num_gradients >= (BATCHES_UNTIL_STEPPED if steps else BATCHES_UNTIL_SCALED):
             self._tell_once(
                 "optimizer",
                 f"gradients of {self.num_gradients} batches or more reached the head, and no parameter of its "
@@ -162,6 +196,10 @@ class Oversights:
             )
         if self.trains or "optimizer" in self.told:
             self.trains, self.watched = True, []
+
+    def _versions_of_others(self) -> int:
+        model, watched = self.source.module, {id(each.parameter) for each in self.watched}
+        return 0 if model is None else sum(each._version for each in model.parameters() if id(each) not in watched)
 
     def _count_gradient(self, gradient: Tensor) -> None:
         self.num_gradients += 1

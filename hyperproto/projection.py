@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hyperproto.arguments import as_tensor
 from hyperproto.errors import ShapeError
 from hyperproto.precision import full_precision, keeping_dtype
 
@@ -20,14 +21,11 @@ def build_projection(projection: Projection, in_features: int, dim: int, *, seed
 
     The linear map has no bias, so that scaling the features changes no direction. Batch norm centres the embeddings:
     pooled features behind a ReLU are non-negative, and prototypes point everywhere.
-
-    timm's `model_parameters(model, exclude_head=True)`, for adaptive gradient clipping, leaves out a model's last two
-    parameters, whatever they are: here those of the batch norm, and for "linear" its weight and one of the backbone.
     """
     if projection == "none":
         return nn.Identity()
     linear = SeededLinear(in_features, dim, seed=seed)
-    return linear if projection == "linear" else nn.Sequential(linear, RowBatchNorm(dim, dtype=torch.float32))
+    return linear if projection == "linear" else RowSequential(linear, RowBatchNorm(dim, dtype=torch.float32))
 
 
 def seed_of_projection(seed: int) -> int:
@@ -43,7 +41,7 @@ def seed_of_projection(seed: int) -> int:
 
 def has_layers(projection: nn.Module) -> bool:
     """Whether a projection does anything: it is not that of `projection="none"`."""
-    return not isinstance(projection, nn.Identity)
+    return type(projection).forward is not nn.Identity.forward
 
 
 def fresh_length(dim: int) -> float:
@@ -82,18 +80,48 @@ class SeededLinear(nn.Linear):
         return _linear(input, self.weight, self.bias)
 
 
+class RowSequential(nn.Sequential):
+    """Layers over rows (N, features), also where a batch norm of maps comes in the place of one of rows.
+
+    Code that splits, freezes or synchronises batch norms knows those of images alone, and puts its own in for any.
+
+    Examples:
+        >>> RowSequential(nn.Linear(4, 3), nn.BatchNorm2d(3))(torch.ones(2, 4)).shape
+        torch.Size([2, 3])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, in_features) -> (N, D)."""
+        for layer in self:
+            if torch.jit.is_scripting():
+                input = layer(input)
+            else:
+                input = layer(input[:, :, None, None]).flatten(1) if _takes_maps(layer) else layer(input)
+        return input
+
+
+def _takes_maps(layer: nn.Module) -> bool:
+    # torchvision's and timm's frozen ones are no batch norm of torch's.
+    return isinstance(layer, nn.BatchNorm2d) or type(layer).__name__.startswith("FrozenBatchNorm")
+
+
 class RowBatchNorm(nn.BatchNorm1d):
     """Batch norm in float32, whatever the model's dtype.
 
     A batch of fewer than two rows has no variance: the running statistics serve it, as in eval mode, where
     `nn.BatchNorm1d` raises. A batch with infinity or NaN leaves the running statistics as they were. With
     `track_running_stats` switched off they stay as they are in train mode, and where there are none the batch's serve
-    in eval mode too, both as in `nn.BatchNorm1d`.
+    in eval mode too, both as in `nn.BatchNorm1d`. What `convert_sync_batchnorm` puts in its place is torch's own, in
+    which a batch with infinity leaves its trace, as it does in every other batch norm of the model.
 
     Examples:
         >>> RowBatchNorm(3)(torch.ones(1, 3)).shape
         torch.Size([1, 3])
     """
+
+    def __init__(self, num_features: int, **options: Any) -> None:
+        super().__init__(num_features, **options)
+        be_leaf_(self)
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, D) -> (B, D) float32."""
@@ -110,19 +138,37 @@ class RowBatchNorm(nn.BatchNorm1d):
             self.eps,
         )
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, own in (*self.named_parameters(), *self.named_buffers()):
+            if prefix + name in state_dict:  # assign=True takes the dtype that comes
+                state_dict[prefix + name] = state_dict[prefix + name].to(own.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RowBatchNorm":
         return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
 
 
+def be_leaf_(module: nn.Module) -> None:
+    """Let torch.fx call a module in the graphs that it traces, as it does a layer of torch, and not trace it.
+
+    A graph then follows `train()` and `eval()`, where a traced one would keep to the mode of the day. A tracer takes
+    for a leaf what comes from torch.nn, and asks the instance; classes, pickles and everything else are as before.
+    """
+    module.__module__ = nn.Module.__module__
+
+
 def check_features(features: Tensor, in_features: int) -> None:
-    """Raise unless the last dimension of `features` is `in_features` wide.
+    """Raise unless `features` are dense floating-point rows of width `in_features`.
 
     Raises:
-        ShapeError: it is not.
+        ShapeError: they are not.
     """
     # A shape is a tensor there, and a look at its value would end in a warning.
     if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
         return
+    features = as_tensor(features, f"features of shape (B, ..., {in_features})")
+    if not features.is_floating_point():
+        raise ShapeError(f"HypersphericalHead expects features in a floating dtype, got {features.dtype}.")
     if features.dim() < 2 or features.shape[-1] != in_features:
         raise ShapeError(
             f"HypersphericalHead expects features of shape (B, ..., {in_features}), got {tuple(features.shape)}. "
@@ -132,6 +178,8 @@ def check_features(features: Tensor, in_features: int) -> None:
 
 def unflatten_rows(rows: Tensor, features: Tensor) -> Tensor:
     """(N, D) as (..., D), with the leading dimensions of `features` (..., in_features), whose product N is."""
+    if features.dim() == 2:  # nothing to do, and no batch size for a tracer to keep
+        return rows
     return torch.unflatten(rows, 0, features.shape[:-1])
 
 
@@ -147,7 +195,6 @@ def _linear(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return F.linear(features.to(weight.dtype), weight, bias)
 
 
-@torch.fx.wrap
 def _batch_norm(
     features: Tensor,
     weight: Tensor,
@@ -160,7 +207,10 @@ def _batch_norm(
     momentum: float | None,
     eps: float,
 ) -> Tensor:
-    of_batch = (training and features.shape[0] > 1) or running_mean is None
+    of_batch = running_mean is None
+    # By a branch, which a graph of all such sizes is guarded by; a trace, whose sizes are tensors, is of batches.
+    if training and (torch.jit.is_tracing() or features.shape[0] > 1):  # type: ignore[no-untyped-call]
+        of_batch = True
     if of_batch and not tracked:
         running_mean, running_var, num_batches_tracked = None, None, None
     share = 0.0 if momentum is None else momentum
@@ -169,14 +219,15 @@ def _batch_norm(
     weight, bias = weight.float(), bias.float()
     if not of_batch or running_mean is None or running_var is None:
         return F.batch_norm(features, running_mean, running_var, weight, bias, of_batch, share, eps)
-    # A batch that is not finite, such as a gradient scaler skips, would leave its trace for ever.
-    finite = torch.isfinite(features).all()
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(finite.to(num_batches_tracked.dtype))
-        if momentum is None:  # a plain average over batches, which torch.optim.swa_utils.update_bn asks for
-            share = 1.0 / max(float(num_batches_tracked), 1.0)
+    if num_batches_tracked is not None and momentum is None:
+        # A plain average over batches, which torch.optim.swa_utils.update_bn asks for.
+        share = 1.0 / (float(num_batches_tracked) + 1.0)
     new_mean, new_var = running_mean.clone(), running_var.clone()
     rows = F.batch_norm(features, new_mean, new_var, weight, bias, of_batch, share, eps)
+    # A batch that is not finite, such as a gradient scaler skips, would leave its trace for ever.
+    finite = torch.isfinite(new_mean).all()  # tells it, at the cost of one row
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(finite.to(num_batches_tracked.dtype))
     running_mean.copy_(torch.where(finite, new_mean, running_mean))
     running_var.copy_(torch.where(finite, new_var, running_var))
     return rows

@@ -8,7 +8,7 @@ from torch import Tensor
 from hyperproto.errors import ArgumentError, ShapeError
 from hyperproto.precision import full_precision
 from hyperproto.sphere import assigned_cosines
-from hyperproto.targets import can_be_looked_at, to_look_up
+from hyperproto.targets import IGNORE_INDEX, Target, can_be_looked_at, read_target, to_look_up, to_rows
 
 #: Singular values below this share of the largest are rounding of float32.
 SMALLEST_SPANNING = 1e-5
@@ -24,21 +24,27 @@ UNIT_LENGTH = 1e-3
 
 
 class Readout:
-    """An output (B, C) or (B, D) of a head whose kind is known, beside what the head was at that moment.
+    """An output of a head whose kind is known, in rows, beside what the head was at that moment.
 
     Args:
-        output: logits (B, C), or embeddings (B, D).
-        is_embedding: which of the two.
+        output: logits (B, C) or embeddings (B, D), or those of positions, (B, ..., C) or (B, C, ...).
+        class_dim: the dimension of C or D, -1 or 1.
+        is_embedding: whether it holds embeddings.
         prototypes: (P, D).
         assignment: (C,) int64.
         logit_scale: () float32.
         anchors: (A,) int64 rows of the bank, or None where embeddings cannot be recovered from logits.
         anchor_inverse: (A, D) float32, likewise.
+
+    Attributes:
+        output: (N, C) or (N, D), a row for each sample or position; so is all that follows from it.
+        shape: of what has one value for each of them, (B,) or (B, ...).
     """
 
     def __init__(
         self,
         output: Tensor,
+        class_dim: int,
         is_embedding: bool,
         prototypes: Tensor,
         assignment: Tensor,
@@ -46,13 +52,25 @@ class Readout:
         anchors: Tensor | None,
         anchor_inverse: Tensor | None,
     ) -> None:
-        self.output = output
+        self.output = to_rows(output, class_dim)
+        self.class_dim = class_dim
+        self.shape = output.shape[:-1] if class_dim == -1 else output.shape[:1] + output.shape[2:]
         self.is_embedding = is_embedding
         self.prototypes = prototypes
         self.assignment = assignment
         self.logit_scale = logit_scale
         self.anchors = anchors
         self.anchor_inverse = anchor_inverse
+
+    def read_target(self, target: object, *, ignore_index: int = IGNORE_INDEX) -> Target:
+        """The target of each row; raises as `targets.read_target` does.
+
+        Args:
+            target: labels (B,) or soft targets (B, C); of positions labels (B, ...) and soft targets as logits are.
+            ignore_index: label of samples or positions that do not count.
+        """
+        num_classes, device = len(self.assignment), self.output.device
+        return read_target(target, self.shape, num_classes, device, class_dim=self.class_dim, ignore_index=ignore_index)
 
     def is_impossible(self) -> Tensor:
         """() bool: whether no head returns this; False for what is not finite, which is an error upstream.

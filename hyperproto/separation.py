@@ -17,8 +17,11 @@ MOST_COMPARED_PROTOTYPES = 50_000
 #: Beyond, prototypes that are compared with all the others.
 SAMPLED_PROTOTYPES = 1024
 
-#: A sample exactly on its prototype gets about this probability under the default logit scale.
+#: A sample exactly on its prototype gets this probability under the default logit scale, or less.
 PLACED_PROBABILITY = 0.99
+
+#: Prototypes count as at least this far apart, by 1 less the mean cosine: overlapping ones would ask for any scale.
+SMALLEST_GAP = 0.05
 
 
 @dataclass(frozen=True)
@@ -72,28 +75,45 @@ def report_separation(prototypes: Tensor, method: str) -> BankReport:
     )
 
 
+@torch.no_grad()
 def default_logit_scale(prototypes: Tensor, num_classes: int) -> float:
-    r"""The scale at which a sample exactly on its prototype gets a probability of about 0.99.
+    r"""The scale that heads and cross-entropy have by default: the logit gap that a perfectly placed sample needs.
 
-    $$ s = \frac{\log\left((C - 1) \, p / (1 - p)\right)}{1 - \rho}, \qquad p = 0.99 $$
+    $$
+    s = \min\left(a, \sqrt{D} \max\left(1, \frac{a}{\sqrt{C - 1}}\right)\right), \qquad
+    a = \frac{\log\left((C - 1) \, p / (1 - p)\right)}{1 - \rho}, \qquad p = 0.99
+    $$
 
-    With every other cosine at rho this is the softmax solved for s. rho is the mean over prototypes of the largest
-    cosine to another (exact for a simplex; elsewhere most cosines are smaller, so that the probability is larger).
-    Overlapping prototypes would ask for any scale at all: 1 - rho counts as at least 0.05.
+    with rho the mean cosine of two prototypes. A sample exactly on its prototype is ahead of the others by a (1 - rho)
+    on average; at the scale a it gets the probability p from a simplex, and at most p from any other bank (Jensen).
+
+    The other bound is for samples that are not there yet. Over the classes the logits of any sample have a standard
+    deviation of about s / sqrt(D); in few dimensions a scale for placed samples would spread them so far that chance
+    decides. They may spread by 1, or as far as on the simplex, which has C - 1 dimensions: there both bounds agree.
+    docs/training.md has the measurements behind this.
 
     Args:
-        prototypes: (P, D) unit rows; without values (on the device "meta") they count as orthogonal.
+        prototypes: (P, D) unit rows; without values (on the device "meta") they count as favouring no direction.
         num_classes: C, at least 2.
 
     Examples:
         >>> corners = torch.eye(100) - 0.01  # of a regular simplex
         >>> round(default_logit_scale(corners / corners.norm(dim=1, keepdim=True), 100), 2)
         9.1
+
+    References:
+        Wang et al., NormFace, ACM Multimedia 2017, section 3.3 (the first bound, for class vectors that train).
     """
-    # A few hundred rows tell the mean; the cost must not grow with the square of a bank of a million.
-    rho = 0.0 if prototypes.is_meta else float(sampled_largest_cosines(prototypes, 256).mean())
+    count, dim = prototypes.shape
+    squared_mean = 0.0 if prototypes.is_meta else float(prototypes.float().mean(dim=0).square().sum())
+    scale = placed_scale(num_classes, rho=(count * squared_mean - 1.0) / (count - 1))
+    return min(scale, math.sqrt(dim) * max(1.0, scale / math.sqrt(num_classes - 1)))
+
+
+def placed_scale(num_classes: int, *, rho: float) -> float:
+    """The bound a of `default_logit_scale` from C, at least 2, and the mean cosine of two prototypes."""
     odds = PLACED_PROBABILITY / (1.0 - PLACED_PROBABILITY)
-    return math.log((num_classes - 1) * odds) / max(1.0 - rho, 0.05)
+    return math.log((num_classes - 1) * odds) / max(1.0 - rho, SMALLEST_GAP)
 
 
 def _largest_cosines(prototypes: Tensor, method: str) -> tuple[float, float, str]:

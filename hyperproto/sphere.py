@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hyperproto.arguments import matrix, not_negative
+from hyperproto.arguments import flag, matrix, not_negative
 from hyperproto.errors import ArgumentError
 from hyperproto.precision import full_precision
 
@@ -57,7 +57,7 @@ def normalise(x: Tensor) -> Tensor:
 # The constant comes in as a default: TorchScript reads no globals.
 def _one_for_zero(lengths: Tensor, smallest: float = SMALLEST_LENGTH) -> Tensor:
     """Lengths, and 1 in the place of those that count as zero."""
-    return torch.where(lengths < smallest, torch.ones_like(lengths), lengths)
+    return torch.where(lengths < smallest, 1.0, lengths)
 
 
 def check_unit_rows(rows: Tensor) -> None:
@@ -118,7 +118,7 @@ def hyperspherical_energy(weight: Tensor, *, power: float, half_space: bool = Fa
     """
     weight, power = matrix(weight, "a weight of shape (P, D)", smallest=(0, 1)), not_negative(power, "power")
     points = normalise(weight)
-    if half_space:
+    if flag(half_space, "half_space"):
         points = torch.cat([points, -points])
     with full_precision(points.device):
         squared_distances = 2.0 - 2.0 * (points @ points.T)  # (P, P), (2P, 2P) in half space

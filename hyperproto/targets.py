@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,25 +44,36 @@ class Target(NamedTuple):
 
 
 def read_target(
-    target: object, num_samples: int, num_classes: int, device: torch.device, *, ignore_index: int = IGNORE_INDEX
+    target: object,
+    shape: Sequence[int],
+    num_classes: int,
+    device: torch.device,
+    *,
+    class_dim: int = -1,
+    ignore_index: int = IGNORE_INDEX,
 ) -> Target:
-    """What a target says of each sample of an output; raises as `check_target` does.
+    """What a target says of each sample of an output, or of each position; raises as `check_target` does.
 
     Args:
-        target: labels (B,) or soft targets (B, C); a list or an array is copied to the device.
-        num_samples: B.
+        target: labels of that shape or soft targets with a dimension of C besides; a list or an array is copied to the
+            device.
+        shape: (B,), or (B, ...) where each position has a target.
         num_classes: C.
         device: of the output.
+        class_dim: the dimension of C in soft targets, -1 or 1.
         ignore_index: the label of samples that do not count.
 
     Raises:
         LabelError: also where a tensor is on another device than the output.
     """
-    if not isinstance(target, Tensor):
-        target = as_tensor(target, "the target", error=LabelError).to(device)
-        if target.dim() == 1 and not (target.is_floating_point() or target.dtype == torch.bool):
+    given, target = target, as_tensor(target, "the target", error=LabelError)
+    if target is not given:
+        target = target.to(device)
+        if target.dim() == len(shape) and not (target.is_floating_point() or target.dtype == torch.bool):
             target = target.long()
-    check_target(target, num_samples, num_classes, ignore_index=ignore_index)
+    if len(shape) > 1:
+        target = _of_positions(target, tuple(shape), num_classes, class_dim)
+    check_target(target, math.prod(shape), num_classes, ignore_index=ignore_index)
     if target.device != device:
         raise LabelError(
             f"expected a target on the device of the output, {device}, got one on {target.device}. "
@@ -70,6 +82,38 @@ def read_target(
     if target.dim() == 2:
         return Target(target, None, ignore_index)
     return Target(target, target != ignore_index, ignore_index)
+
+
+def to_rows(values: Tensor, class_dim: int) -> Tensor:
+    """(B, K) itself, and (B, ..., K) or (B, K, ...) as (N, K), a row for each position.
+
+    Args:
+        values: two dimensions or more.
+        class_dim: the dimension of K, -1 or 1.
+
+    Examples:
+        >>> to_rows(torch.zeros(2, 10, 4, 5), 1).shape, to_rows(torch.zeros(2, 20, 10), -1).shape
+        (torch.Size([40, 10]), torch.Size([40, 10]))
+    """
+    return values if values.dim() == 2 else values.movedim(class_dim, -1).flatten(0, -2)
+
+
+def _of_positions(target: Tensor, shape: tuple[int, ...], num_classes: int, class_dim: int) -> Tensor:
+    """(N,) labels or (N, C) soft targets of the N positions of that shape.
+
+    Raises:
+        LabelError: of another shape.
+    """
+    if target.shape == shape:
+        return target.flatten()
+    soft = (*shape, num_classes) if class_dim == -1 else (*shape[:1], num_classes, *shape[1:])
+    if target.shape == soft:
+        return to_rows(target, class_dim)
+    column = target.dim() == len(soft) and target.shape[class_dim] == 1
+    raise LabelError(
+        f"expected a target for each of the output's positions, labels of shape {shape} or soft targets of shape "
+        f"{soft}, got {tuple(target.shape)}." + (f" Take the column: target.squeeze({class_dim})." if column else "")
+    )
 
 
 def check_target(target: Tensor, num_samples: int, num_classes: int, *, ignore_index: int | None = None) -> None:

@@ -1,16 +1,19 @@
 """Runs a function on several ranks of a gloo group on the CPU, each a process of its own."""
 
+import itertools
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.context
 import os
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -30,8 +33,28 @@ CONTEXT.set_forkserver_preload(
     ]
 )
 
+#: Another kind of machine, as far as a process can be one: what a CPU without AVX computes.
+OTHER_KERNELS = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
 
-def run_on_ranks(function: Callable[..., Any], world_size: int, *arguments: object, seconds: float = 60) -> list[Any]:
+
+def run_on_unequal_machines(
+    function: Callable[..., Any], *arguments: object, num_ranks: int = 2, seconds: float = 120
+) -> list[Any]:
+    """As `run_on_ranks`, on ranks of which all but the first compute with other kernels."""
+    # Kernels are chosen when torch is imported: these processes start afresh.
+    spawn = multiprocessing.get_context("spawn")
+    environments = [{}, *[OTHER_KERNELS] * (num_ranks - 1)]
+    return run_on_ranks(function, num_ranks, *arguments, seconds=seconds, context=spawn, environments=environments)
+
+
+def run_on_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *arguments: object,
+    seconds: float = 60,
+    context: multiprocessing.context.BaseContext = CONTEXT,
+    environments: Sequence[dict[str, str]] = (),
+) -> list[Any]:
     """What `function(rank, *arguments)` returns on each rank; it must be importable, its results plain or tensors.
 
     Raises:
@@ -40,11 +63,12 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *arguments: obje
     """
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            CONTEXT.Process(target=_run, args=(function, rank, world_size, folder, arguments), daemon=True)
+            context.Process(target=_run, args=(function, rank, world_size, folder, arguments), daemon=True)
             for rank in range(world_size)
         ]
-        for process in processes:
-            process.start()
+        for process, environment in itertools.zip_longest(processes, environments, fillvalue={}):
+            with mock.patch.dict(os.environ, environment):
+                process.start()
         deadline = time.monotonic() + seconds
         running = {process.sentinel: process for process in processes}
         failed = False

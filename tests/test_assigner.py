@@ -414,6 +414,26 @@ def test_batches_of_one_sample_of_one_class_and_of_none():
     assert assigner.class_counts.tolist() == [0, 0, 5, 1, 0, 0]
 
 
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_counts_go_on_where_float32_cannot_count(momentum, soft):
+    assigner = DynamicAssigner(HypersphericalHead(4, 6, projection="none"), momentum=momentum)
+    state = copy.deepcopy(assigner.state_dict())
+    for name in ("class_counts", "combined_counts"):
+        state[name].fill_(2.0**24)
+    assigner.load_state_dict(state)
+    target = nn.functional.one_hot(torch.arange(6), 6).float() if soft else torch.arange(6)
+    for turn in range(1, 4):
+        assigner.update(unit_rows(6, 4, turn), target)
+        assert assigner.class_counts.tolist() == [2**24 + turn] * 6
+        assigner.step()
+        assert assigner.class_counts.tolist() == assigner.combined_counts.tolist() == [2**24 + turn] * 6
+    state["pending_counts"].fill_(2.0**24)
+    assigner.load_state_dict(state)
+    assigner.update(unit_rows(6, 4), target)
+    assert assigner.pending_counts.tolist() == [2**24 + 1] * 6
+
+
 def test_zero_embeddings_say_nothing():
     assigner = DynamicAssigner(HypersphericalHead(4, 6, projection="none"))
     assigner.update(torch.zeros(2, 6), torch.tensor([1, 1]))
@@ -458,6 +478,7 @@ def _non_finite_rows() -> torch.Tensor:
     return features
 
 
+@pytest.mark.filterwarnings("ignore:.*samples since the last step:hyperproto.HyperprotoWarning")
 @pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft"])
 @pytest.mark.parametrize("momentum", [0.9, None])
 def test_a_few_features_that_are_not_finite_leave_no_trace(momentum, soft):
@@ -642,16 +663,25 @@ def test_banks_that_nearly_agree_are_not_shared(difference):
         DynamicAssigner(heads)
 
 
-def test_the_record_of_a_step_takes_four_bytes_a_label():
+def test_the_record_of_a_step_takes_two_bits_a_label():
     head = HypersphericalHead(4, 2000, dim=4, projection="none", bank="random")
     assigner = DynamicAssigner(head)
     assigner.update(head.bank.prototypes[:1500].flip(0), torch.arange(1500))
     sizes = [len(pickle.dumps(assigner.history))]
+    before = head.assignment.clone()
     step = assigner.step()
     sizes.append(len(pickle.dumps(assigner.history)))
     assert step.unseen == tuple(range(1500, 2000))
-    assert sizes[1] - sizes[0] < 4 * (len(step.unseen) + len(step.moved_labels)) + 1000
+    assert step.moved_labels == tuple(torch.nonzero(head.assignment != before).flatten().tolist()) != ()
+    assert sizes[1] - sizes[0] < 2 * 2000 / 8 + 1000
     assert copy.deepcopy(step) == step
+
+
+def test_the_history_ends_somewhere():
+    assigner = DynamicAssigner(HypersphericalHead(4, 6, projection="none"))
+    assigner.update(unit_rows(6, 4), torch.arange(6))
+    steps = [assigner.step() for _ in range(1003)]
+    assert assigner.history == tuple(steps[3:])
 
 
 def test_reports_load_beside_the_weights_of_a_checkpoint():

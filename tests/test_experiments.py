@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import hyperproto
 
@@ -12,7 +13,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import cifar100  # noqa: E402
+import finetune  # noqa: E402
+import penalised  # noqa: E402
 import published_banks  # noqa: E402
+import scale  # noqa: E402
 import tables  # noqa: E402
 import train  # noqa: E402
 
@@ -91,7 +95,7 @@ def test_published_banks_are_files_that_the_runs_read(tmp_path, monkeypatch):
 
 
 def test_the_pages_show_what_the_results_say(tmp_path, monkeypatch):
-    pages = {name: getattr(tables, name).read_text() for name in ("PAGE", "README")}
+    pages = {name: getattr(tables, name).read_text() for name in ("PAGE", "README", "SCALES")}
     for name, page in pages.items():
         emptied = tmp_path / name
         lines = page.splitlines(keepends=True)
@@ -107,3 +111,63 @@ def test_mean_and_deviation_by_hand():
     assert tables.shown(lines, "top1") == "2.0 ± 1.4"
     assert tables.shown(lines[:1], "top1") == "1.0"
     assert tables.shown(lines, "tail_accuracy") == "-"
+
+
+@pytest.mark.parametrize(
+    ("name", "listed"),
+    [("scale", [*scale.runs("scratch"), *scale.runs("frozen")]), ("finetune", list(finetune.runs()))],
+    ids=["scale", "finetune"],
+)
+def test_every_line_is_that_of_one_run(name, listed):
+    found = [{key: line[key] for key in listed[0]} for line in cifar100.results_of(name)]
+    assert found
+    assert all(run in listed for run in found)
+    assert all(group.count(run) == 1 for group in (listed, found) for run in group)
+
+
+def test_a_difference_and_its_error_by_hand():
+    first, second = ({"correct": np.packbits(bits).tobytes().hex()} for bits in ([1, 1, 0, 0] * 2, [1, 1, 1, 0] * 2))
+    # One image in four more is right: 25 %, with a deviation of sqrt(0.25 * 0.75) over 8 images.
+    assert tables.difference([(first, second)]) == "25.0 ± 15.3"
+    assert tables.difference([(first, second), (second, first)]) == "0.0 ± 0.0"
+    assert tables.difference([]) == "-"
+
+
+def clouds(num: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(num, 6) around four corners of a cube."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(num) % 4
+    return 2.0 + 3.0 * (torch.eye(4, 6)[labels] + 0.4 * torch.randn(num, 6, generator=generator)), labels
+
+
+@pytest.mark.parametrize("dim", [None, 2])
+def test_a_penalised_softmax_is_at_a_stationary_point_of_its_loss(dim):
+    samples = {"fit": clouds(200, 0), "held_out": clouds(100, 1)}
+    probe = penalised.fit_probe(samples, dim=dim, iterations=1000)
+    rows, labels = (tensor.double().numpy() for tensor in samples["fit"])
+    deviation = np.sqrt(rows.var(axis=0, ddof=1).mean())
+    standard = (rows - rows.mean(axis=0)) / deviation
+    probabilities = probe(samples["fit"][0]).double().softmax(dim=1).numpy()
+    slope = (probabilities - np.eye(4)[labels.astype(int)]).T @ standard / len(rows)  # (C, F), by the logits' matrix
+    second = probe.second.double().numpy()
+    if dim is None:
+        slopes = [slope + probe.penalty * second * deviation]
+    else:
+        first = probe.first.double().numpy() * deviation
+        slopes = [slope @ first.T + probe.penalty * second, second.T @ slope + probe.penalty * first]
+    assert max(abs(part).max() for part in slopes) < 2e-3 * abs(slope).max() + 1e-4
+
+
+def test_two_factors_are_the_probe_that_they_start_from():
+    probe = penalised.fit_probe({"fit": clouds(80, 0), "held_out": clouds(40, 1)}, dim=2)
+    rows = clouds(10, 2)[0]
+    torch.testing.assert_close(finetune.TwoFactors(probe)(rows), probe(rows), atol=1e-4, rtol=1e-4)
+
+
+def test_a_learned_scale_is_that_of_the_cross_entropy():
+    head = hyperproto.HypersphericalHead(6, 4, dim=3)
+    criterion = scale.LearnedScale(hyperproto.DynamicAssigner(head))
+    rows, labels = clouds(20, 0)
+    logits = head(rows)
+    assert criterion.scale == pytest.approx(float(head.logit_scale))
+    torch.testing.assert_close(criterion(logits, labels), torch.nn.functional.cross_entropy(logits, labels))

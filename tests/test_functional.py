@@ -37,7 +37,10 @@ ORACLES = {
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_every_pure_loss_is_worked_out_in_float32(loss, soft, dtype):
     cosines, target = cosines_in(dtype), soft_targets(dtype) if soft else LABELS
-    options = {"class_counts": torch.tensor([30, 10, 20])} if loss is functional.long_tail_loss else {}
+    options = {
+        functional.long_tail_loss: {"class_counts": torch.tensor([30, 10, 20])},
+        functional.prototype_cross_entropy: {"scale": 16.0},
+    }.get(loss, {})
     losses = loss(cosines, target, reduction="none", **options)
     weights = target.double().numpy() if soft else np.eye(3)[LABELS]
     assert losses.dtype == torch.float32

@@ -144,6 +144,7 @@ def test_gradients_are_finite(dtype, projection, loss, training_output):
 # Rows of extreme length
 
 
+@pytest.mark.filterwarnings("ignore:.*samples since the last step:hyperproto.HyperprotoWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("projection", ["none", "linear"])
 @pytest.mark.parametrize("length", [0.0, 1e-20, 1e20])
@@ -251,6 +252,7 @@ def test_steps_that_grad_scaler_skips_leave_the_class_means_right(training_outpu
     assert assigner.step().unseen == ()
 
 
+@pytest.mark.filterwarnings("ignore:.*samples since the last step:hyperproto.HyperprotoWarning")
 def test_activations_that_overflow_leave_no_trace():
     model = convert_model(nn.Sequential(nn.Linear(6, 8)), dim=5, classifier="0", projection="linear")
     model.insert(0, nn.Linear(6, 6))

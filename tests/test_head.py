@@ -132,17 +132,66 @@ def test_default_scale_gives_a_placed_sample_the_documented_probability(num_clas
     assert float(placed) == pytest.approx(PLACED_PROBABILITY, abs=1e-3)
 
 
-@pytest.mark.parametrize("method", ["orthoplex", "random"])
-def test_default_scale_is_sensible_beyond_the_simplex(method):
-    head = HypersphericalHead(50, 100, bank=PrototypeBank(100, 50, method=method), projection="none")
-    placed = head(head.class_prototypes).softmax(dim=1).diagonal().mean()
-    assert 0.985 < float(placed) < 1.0
+@pytest.mark.parametrize(("num_classes", "scale"), [(10, 4.5565), (100, 7.0711), (1000, 11.4904)])
+def test_default_scale_on_a_cross_polytope(num_classes, scale):
+    head = HypersphericalHead(num_classes // 2, num_classes, bank="orthoplex", projection="none")
+    simplex = (num_classes - 1) / num_classes * np.log(99 * (num_classes - 1))
+    spread = max(1.0, simplex / np.sqrt(num_classes - 1))
+    assert scale == pytest.approx(min(simplex, spread * np.sqrt(num_classes / 2)), rel=1e-4)
+    assert float(head.logit_scale) == pytest.approx(scale, rel=1e-4)
+    # All others are at a right angle, but for the opposite one.
+    expected = 1 / (1 + (num_classes - 2) * np.exp(-scale) + np.exp(-2 * scale))
+    placed = head(head.class_prototypes).softmax(dim=1).diagonal()
+    np.testing.assert_allclose(placed.numpy(), expected, rtol=1e-4)
+
+
+@given(num_classes=st.integers(2, 60), dim=st.integers(2, 60), seed=SEEDS)
+def test_no_placed_sample_gets_more_than_the_documented_probability(num_classes, dim, seed):
+    bank = PrototypeBank(num_classes, dim, method="random", seed=seed)
+    scale = default_logit_scale(bank.prototypes, num_classes)
+    cosines = bank.prototypes.double() @ bank.prototypes.double().T
+    # In the mean of the odds' logarithms, as Jensen's inequality has it.
+    others = (scale * cosines).masked_fill(torch.eye(num_classes, dtype=torch.bool), -torch.inf).logsumexp(dim=1)
+    assert float((scale - others).mean()) <= np.log(PLACED_PROBABILITY / (1 - PLACED_PROBABILITY)) + 1e-4
+
+
+@given(num_classes=st.integers(2, 60), dim=st.integers(2, 60), seed=SEEDS)
+def test_the_default_scale_of_any_bank_is_the_documented_formula(num_classes, dim, seed):
+    prototypes = PrototypeBank(num_classes, dim, method="random", seed=seed).prototypes
+    cosines = prototypes.double().numpy() @ prototypes.double().numpy().T
+    rho = cosines[~np.eye(num_classes, dtype=bool)].mean()
+    placed = np.log(99 * (num_classes - 1)) / max(1 - rho, 0.05)
+    expected = min(placed, np.sqrt(dim) * max(1, placed / np.sqrt(num_classes - 1)))
+    assert default_logit_scale(prototypes, num_classes) == pytest.approx(expected, rel=1e-4)
+
+
+@given(dims=st.tuples(st.integers(2, 40), st.integers(2, 40)), num_classes=st.integers(2, 40))
+def test_default_scale_grows_with_the_classes_and_knows_no_dimension(dims, num_classes):
+    scales = [
+        default_logit_scale(PrototypeBank(classes, dim, method="simplex").prototypes, classes)
+        for classes in (num_classes, num_classes + 1)
+        for dim in (classes - 1 + dims[0], classes - 1 + dims[1])
+    ]
+    assert scales[0] == pytest.approx(scales[1], rel=1e-4)
+    assert scales[2] == pytest.approx(scales[3], rel=1e-4)
+    assert scales[0] < scales[2]
 
 
 @pytest.mark.filterwarnings("ignore:2 prototypes of 3 equal others:hyperproto.HyperprotoWarning")
 def test_default_scale_is_bounded_for_overlapping_prototypes():
     bank = PrototypeBank.from_tensor(torch.tensor([[1.0, 0.0], [1.0, 1e-9], [1.0, 1e-8]]))
     assert default_logit_scale(bank.prototypes, 3) < 200
+
+
+def test_a_bank_without_values_counts_as_one_that_favours_no_direction():
+    meta = torch.empty(10, 9, device="meta")
+    assert default_logit_scale(meta, 10) == pytest.approx(0.9 * np.log(99 * 9))
+
+
+def test_an_old_checkpoint_brings_its_own_scale():
+    head, old = HypersphericalHead(12, 5, dim=4), HypersphericalHead(12, 5, dim=4, logit_scale=13.92)
+    head.load_state_dict(old.state_dict())
+    assert float(head.logit_scale) == pytest.approx(13.92)
 
 
 # Training output
@@ -269,6 +318,7 @@ def test_state_dict_round_trip():
     assert torch.equal(source.eval()(features), target.eval()(features))
     assert set(source.state_dict()) == {
         "assignment",
+        "assignment_record",
         "logit_scale",
         "format_version",
         "bank.prototypes",
@@ -409,7 +459,7 @@ def test_features_of_another_width_are_refused(shape):
         (torch.tensor([0, 1, 2, 3, 8]), "from 0 to 8"),
         (torch.tensor([-1, 1, 2, 3, 4]), "from -1 to 4"),
         (torch.arange(4), r"\(5,\)"),
-        (torch.arange(5).float(), "int64"),
+        (torch.arange(5) + 0.5, "int64|no whole numbers"),
     ],
 )
 def test_invalid_assignments_are_refused_and_change_nothing(assignment, words):
@@ -450,8 +500,8 @@ def test_anchors_depend_on_what_is_assigned_and_not_to_whom(seed, num_prototypes
 def test_the_default_scale_is_the_documented_formula(angles):
     rows = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     cosines = rows @ rows.T
-    np.fill_diagonal(cosines, -1.0)
-    rho = cosines.max(axis=1).mean()
-    expected = np.log(3 * 0.99 / 0.01) / max(1.0 - rho, 0.05)
+    rho = cosines[~np.eye(4, dtype=bool)].mean()
+    placed = np.log(3 * 0.99 / 0.01) / max(1.0 - rho, 0.05)
+    expected = min(placed, np.sqrt(2) * max(1.0, placed / np.sqrt(3)))
     head = HypersphericalHead(2, 4, bank=PrototypeBank.from_tensor(torch.tensor(rows)), projection="none")
     assert float(head.logit_scale) == pytest.approx(expected, rel=1e-4)

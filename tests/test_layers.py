@@ -21,10 +21,12 @@ LAYERS = [
     "arguments",
     "precision",
     "modes",
+    "module_ref",
     "sphere",
     "bounds",
     "targets",
     "ranks",
+    "group_handle",
     "checkpoint",
     "constructions",
     "separation",
@@ -33,6 +35,9 @@ LAYERS = [
     "projection",
     "affine",
     "readout",
+    "assignment_record",
+    "assigned_bank",
+    "placement",
     "codebook",
     "head",
     "heads",
@@ -41,11 +46,15 @@ LAYERS = [
     "assignment_step",
     "oversights",
     "running_means",
+    "attachment",
     "assigner",
     "losses",
     "conversion",
     "fitting",
     "testing",
+    "lightning",
+    "transformers",
+    "timm",
 ]
 
 #: The same inside of folders.
@@ -66,7 +75,6 @@ INNER_LAYERS = {
     ],
     "matching": ["problem", "dense", "candidates", "prices", "sparse", "solve", "swaps", "procrustes"],
     "conversion": [
-        "module_ref",
         "hooks",
         "locate",
         "channels",
@@ -111,6 +119,7 @@ INNER_LAYERS = {
         "properties",
         "loss_checks",
     ],
+    "timm": ["clipping", "names", "__main__"],
 }
 
 #: Longest file, in lines.
@@ -174,7 +183,7 @@ def test_no_file_is_long():
 
 
 #: What examples, experiments and benchmarks may import, or name as an attribute of the package.
-PUBLIC = {"hyperproto", "hyperproto.functional", "hyperproto.testing"} | {
+PUBLIC = {"hyperproto", "hyperproto.functional", "hyperproto.testing", "hyperproto.timm"} | {
     f"hyperproto.{name}" for name in (*hyperproto.__all__, "__version__")
 }
 PROMISED = "hyperproto.conversion.warm_start.warm_start_"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from losses import COUNTS, LOSSES
 from torch import nn
 
 from hyperproto import (
@@ -27,22 +28,10 @@ from hyperproto.readout import Readout
 from hyperproto.targets import Target, to_look_up
 from hyperproto.testing import SEEDS, check_loss, heads
 
-COUNTS = torch.tensor([500, 120, 40, 12, 7, 5])
-
-#: Every loss of the library: a new one is named here, and all that follows holds for it.
-LOSSES = {
-    "balanced": BalancedLoss,
-    "long tail, per batch": LongTailLoss,
-    "long tail, global": lambda source, **kwargs: LongTailLoss(source, class_counts=COUNTS, **kwargs),
-    "cross-entropy": PrototypeCrossEntropyLoss,
-    "cross-entropy, smoothed": lambda source, **kwargs: PrototypeCrossEntropyLoss(
-        source, label_smoothing=0.1, **kwargs
-    ),
-}
 every_loss = pytest.mark.parametrize("make_loss", LOSSES.values(), ids=LOSSES.keys())
 
 
-def test_the_registry_above_holds_every_loss():
+def test_the_registry_holds_every_loss():
     assert {type(make(make_head())) for make in LOSSES.values()} == set(PrototypeLoss.__subclasses__())
 
 
@@ -117,7 +106,7 @@ def test_modules_agree_with_their_pure_forms(make_loss):
             cosines, target, class_counts=None if loss.squared_lengths is None else COUNTS
         ),
         PrototypeCrossEntropyLoss: lambda cosines, target: functional.prototype_cross_entropy(
-            cosines, target, label_smoothing=loss.label_smoothing
+            cosines, target, scale=16.0, label_smoothing=loss.label_smoothing
         ),
     }[type(loss)]
     for target in (labels, soft_targets(9, 6, 1)):
@@ -182,17 +171,7 @@ def test_relabelling_classes_changes_no_loss(head, seed):
         torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-4)
 
 
-# The contract of all losses
-
-
-@every_loss
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_contract(make_loss, reduction):
-    check_loss(make_loss(make_head(), reduction=reduction))
-    for training_output in ("logits", "embedding"):
-        assigner = DynamicAssigner(make_head(training_output))
-        check_loss(make_loss(assigner, reduction=reduction))
-        assert not assigner.class_counts.any()
+# The contract of all losses: test_testing.py holds each of them to it
 
 
 class Careless(BalancedLoss):
@@ -287,7 +266,13 @@ def test_half_precision_outputs_give_a_float32_loss(make_loss):
         assert torch.equal(make_loss(head)(logits, labels), exact)
 
 
-@every_loss
+@pytest.mark.parametrize(
+    "make_loss",
+    [
+        pytest.param(make, id=name, marks=[] if name in ("balanced", "cross-entropy") else pytest.mark.slow)
+        for name, make in LOSSES.items()
+    ],
+)
 @pytest.mark.parametrize("training_output", ["logits", "embedding"])
 def test_compiles_as_one_graph_with_its_assigner(make_loss, training_output):
     torch.compiler.reset()
@@ -401,8 +386,32 @@ def test_pure_losses_check_their_input(loss):
 def test_the_whole_target_may_be_smoothed():
     head, (features, labels) = make_head(), batch()
     loss = PrototypeCrossEntropyLoss(head, label_smoothing=1.0)(head(features), labels)
-    log_probabilities = (16.0 * head(features) / head.logit_scale).log_softmax(dim=1)
-    torch.testing.assert_close(loss, -log_probabilities.mean())
+    torch.testing.assert_close(loss, -head(features).log_softmax(dim=1).mean())
+
+
+@pytest.mark.parametrize("bank", ["auto", "simplex", "orthoplex", "separated", "random"])
+def test_by_default_it_is_the_cross_entropy_of_the_logits(bank):
+    head = HypersphericalHead(4, 6, dim={"simplex": 5, "orthoplex": 3}.get(bank, 2), bank=bank)
+    features, labels = batch()
+    logits = head(features)
+    loss = PrototypeCrossEntropyLoss(head)(logits, labels)
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(logits, labels))
+
+
+def test_the_default_scale_is_that_of_the_bank_whatever_the_logits_have():
+    head, expected = make_head(), float(make_head().logit_scale)
+    head.logit_scale.fill_(3.0)
+    assert PrototypeCrossEntropyLoss(head).scale == pytest.approx(expected)
+    given = HypersphericalHead(4, 6, bank=PrototypeBank(8, 4), logit_scale=40.0)
+    assert PrototypeCrossEntropyLoss(given).scale == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 100])
+def test_the_pure_loss_takes_prototypes_that_favour_no_direction(num_classes):
+    cosines, labels = 2 * torch.rand(5, num_classes) - 1, torch.arange(5) % num_classes
+    scale = PrototypeCrossEntropyLoss(HypersphericalHead(8, max(num_classes, 2), dim=99, bank="simplex")).scale
+    expected = functional.prototype_cross_entropy(cosines, labels, scale=scale)
+    torch.testing.assert_close(functional.prototype_cross_entropy(cosines, labels), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", LOSSES)

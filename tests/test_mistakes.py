@@ -24,6 +24,7 @@ from hyperproto import (
     PrototypeBank,
     PrototypeCrossEntropyLoss,
     convert_model,
+    fit_logit_scale,
 )
 from hyperproto.testing import SEEDS
 
@@ -60,6 +61,19 @@ class Loop:
             self.optimizer.step()
             self.model.zero_grad()
         return self.assigner.step()
+
+
+@pytest.mark.parametrize("decorate", [lambda call: call, torch.no_grad()])
+def test_warnings_point_at_the_line_that_calls_the_library(decorate):
+    model, (features, labels) = make_model(), batch()
+    target = 100 * nn.functional.one_hot(labels, 4).float()
+    actions = [
+        decorate(lambda: BalancedLoss(model)(model(features), target)),
+        decorate(lambda: fit_logit_scale(model, [(features, model.eval()(features).argmax(dim=1))])),
+        decorate(lambda: PrototypeBank.from_tensor([[1, 0], [1, 0], [0, 1]])),
+    ]
+    for action in actions:
+        assert len(told(action)) == 1  # of this file's lines
 
 
 # What a step tells
@@ -184,6 +198,54 @@ def test_few_batches_with_gradients_are_none():
     assert not told(lambda: loop.epoch([batch()] * 3))
 
 
+def test_epochs_that_a_gradient_scaler_skips_are_none():
+    model = make_model()
+    assigner = DynamicAssigner(model)
+    loop = Loop(model, BalancedLoss(assigner), assigner)
+    scaler = torch.amp.GradScaler("cpu", init_scale=3e38)
+    before = [each.detach().clone() for each in model.parameters()]
+
+    def epoch():
+        for seed in range(6):
+            features, labels = batch(seed=seed)
+            scaler.scale(1e4 * loop.criterion(model(features), labels)).backward()
+            scaler.step(loop.optimizer)
+            scaler.update()
+            model.zero_grad()
+        assigner.step()
+
+    assert told(epoch) == []
+    assert all(torch.equal(*each) for each in zip(before, model.parameters(), strict=True)), "steps that were skipped"
+    assert told(lambda: [epoch() for _ in range(4)]) == []
+
+
+def test_nothing_that_steps_at_all_is_told_when_no_scaler_would_skip_so_often():
+    model = make_model()
+    assigner = DynamicAssigner(model)
+    loop = Loop(model, BalancedLoss(assigner), assigner, optimized=nn.Linear(8, 8))
+    assert told(lambda: [loop.epoch() for _ in range(3)]) == []
+    assert len(told(lambda: [loop.epoch() for _ in range(3)])) == 1
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_few_samples_that_are_not_finite_are_told_once(soft):
+    model = make_model()
+    assigner = DynamicAssigner(model)
+    features, labels = batch()
+    target = nn.functional.one_hot(labels, 4).float() if soft else labels
+
+    def epoch(num_lost: int):
+        output = model(features).detach()
+        output[:num_lost] = float("nan")
+        assigner.update(output, target)
+        assigner.step()
+
+    assert told(lambda: epoch(0)) == []
+    (message,) = told(lambda: epoch(3))
+    assert re.search("3 of 32 samples.*NaN or infin", message)
+    assert told(lambda: epoch(5)) == []
+
+
 def test_forward_passes_without_gradients_are_none():
     model = make_model()
     assigner = DynamicAssigner(model)
@@ -253,19 +315,72 @@ def test_a_head_replaced_by_hand():
     assert torch.equal(loop.assigner.class_means, before)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
-def test_copies_of_an_assigner_and_heads_without_their_model_step(copied):
+COPIES = [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))]
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("part", ["assigner", "criterion"])
+def test_a_copy_of_an_assigner_without_its_model_says_so(copied, part):
     loop = model_in_eval_mode()
     loop.model.train()
     loop.epoch()
-    other = copied(loop.assigner)
-    assert not told(other.step)
+    other = copied(loop.assigner if part == "assigner" else loop.criterion)
+    other = other if part == "assigner" else other.assigner
+    before = loop.model[1].assignment.clone()
+    with pytest.raises(HeadNotFoundError, match=r"without its model.*Copy both at once"):
+        other.step()
+    assert torch.equal(loop.model[1].assignment, before)
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("order", [0, 1])
+def test_a_model_and_its_criterion_copied_together_stay_bound(copied, order):
+    model = make_model()
+    both = (model, BalancedLoss(DynamicAssigner(model, momentum=None)))
+    pair = copied(both if order == 0 else both[::-1])
+    model, criterion = pair if order == 0 else pair[::-1]
+    assert criterion.assigner.head is model[1]
+    images, _ = batch()
+    embeddings = model[1].embed(images)
+    criterion(model(images), (embeddings @ model[1].bank.prototypes.flip(0).T).argmax(dim=1))
+    assert not told(criterion.assigner.step)
+    assert criterion.assigner.history[-1].changed > 0
+    assert not torch.equal(model[1].assignment, torch.arange(model[1].num_classes))
+
+
+def test_a_head_whose_model_is_gone_goes_on_by_itself():
+    loop = model_in_eval_mode()
+    loop.model.train()
     head = loop.model[1]
     assigner = DynamicAssigner(loop.model)
     assigner.update(head(batch()[0]), batch()[1])
     del loop
     gc.collect()
     assert not told(assigner.step)
+
+
+class Saved(nn.Module):
+    """What adapters make of a module to be trained and saved: the original, and a copy that is called."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original, self.copy = original, copy.deepcopy(original)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.copy(features)
+
+
+def test_a_step_moves_the_labels_of_a_head_that_an_adapter_has_copied():
+    model = make_model()
+    assigner = DynamicAssigner(model, momentum=None)
+    criterion = BalancedLoss(assigner)
+    model[1] = Saved(model[1])
+    images, _ = batch()
+    used = model[1].copy
+    criterion(model(images), (used.embed(images) @ used.bank.prototypes.flip(0).T).argmax(dim=1))
+    assert assigner.step().changed > 0
+    assert torch.equal(used.assignment, model[1].original.assignment)
+    assert not torch.equal(used.assignment, torch.arange(used.num_classes))
 
 
 # Outputs that are none

@@ -86,8 +86,7 @@ def test_least_squares_in_closed_form():
         return (rows @ weight.T - F.one_hot(own, 6)).square().sum(dim=1)
 
     samples = weighed(batched(features, labels), 6)
-    for _ in samples.descend(squares, [weight], iterations=200, at_a_time=50, smallest_gain=0.0):
-        pass
+    samples.descend(squares, [weight], iterations=200, at_a_time=50, smallest_gain=0.0)
     counts = np.bincount(labels.numpy())
     root = np.sqrt(1.0 / counts[labels.numpy()])[:, None]
     expected = np.linalg.lstsq(root * features.numpy(), root * np.eye(6)[labels.numpy()], rcond=None)[0]
@@ -524,7 +523,7 @@ def test_the_way_back_and_the_way_out_are_as_before():
     assert torch.equal(copy.deepcopy(model)(features).argmax(dim=1), predictions)
     head = model[2]
     assert restore_model(model)[2] is original
-    assert head.retired
+    assert head.placement.taken_out
 
 
 def test_a_checkpoint_brings_its_bank_along():
@@ -601,7 +600,7 @@ def test_data_in_error_leave_the_model_as_it_was(dim, data, error, words):
         refit_head(model, data) if dim is None else compress_head(model, data, dim=dim)
     assert_same_state(model, before)
     assert model[1] is head
-    assert not head.retired
+    assert not head.placement.taken_out
     assert all(each.training for each in model.modules())
     assert not head.projection._forward_pre_hooks
 
@@ -725,7 +724,6 @@ def test_what_comes_out_of_lbfgs_worse_is_not_written(compress, broken, monkeypa
         with torch.no_grad():
             for each in parameters:
                 each.fill_(broken)
-        yield 1
 
     head, features, labels = separable()
     model = nn.Sequential(head)

@@ -1,7 +1,6 @@
 """What every loss and the assigner ask of the targets of a batch."""
 
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -133,7 +132,7 @@ def test_targets_in_per_cent_are_told_once_for_each_criterion(make_loss):
         loss = make_loss(make_head())
         with pytest.warns(HyperprotoWarning, match="adds up to 100") as caught:
             loss(embeddings(3), target)
-        assert [Path(one.filename) for one in caught] == [Path(__file__)]
+        assert len(caught) == 1
         loss(embeddings(3), target)  # a warning would be an error
 
 
@@ -217,10 +216,11 @@ def test_class_weights_are_those_of_torch(reduction, soft, label_smoothing):
     cosines = 2 * torch.rand(7, NUM_CLASSES) - 1
     labels = torch.tensor([0, 4, 1, 2, 1, 0, 4]) if soft else torch.tensor([0, 4, -100, 2, 3, 0, 4])
     target = torch.nn.functional.one_hot(labels, NUM_CLASSES).float() if soft else labels
-    expected = torch.nn.CrossEntropyLoss(weight, **options)(16.0 * cosines, target)
-    torch.testing.assert_close(functional.prototype_cross_entropy(cosines, target, weight=weight, **options), expected)
     head = make_head("logits")
-    loss = PrototypeCrossEntropyLoss(head, weight=weight.numpy(), **options)
+    expected = torch.nn.CrossEntropyLoss(weight, **options)(16.0 * cosines, target)
+    pure = functional.prototype_cross_entropy(cosines, target, scale=16.0, weight=weight, **options)
+    torch.testing.assert_close(pure, expected)
+    loss = PrototypeCrossEntropyLoss(head, scale=16.0, weight=weight.numpy(), **options)
     torch.testing.assert_close(loss(cosines * head.logit_scale, target), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -267,7 +267,13 @@ def test_an_assigner_is_not_fed_within_torch_func():
 
 
 @every_output
-@every_loss
+@pytest.mark.parametrize(
+    "make_loss",
+    [
+        pytest.param(make, id=name, marks=[] if name in ("balanced", "cross-entropy, weighed") else pytest.mark.slow)
+        for name, make in LOSSES.items()
+    ],
+)
 def test_a_step_with_ignored_samples_is_one_graph(make_loss, training_output):
     torch.compiler.reset()
     assigner, other = (DynamicAssigner(make_head(training_output)) for _ in range(2))

@@ -254,9 +254,8 @@ def test_fitted_class_vectors_become_the_prototypes_of_a_converted_model(folder,
     [head] = hyperproto.get_heads(trainer.model).values()
     assert (head.dim, head.num_classes) == (3, NUM_CLASSES)
     assert torch.equal(head.assignment, torch.arange(NUM_CLASSES))
-    assert float(head.logit_scale) == trainer.args.scale
     loss = torch.nn.functional.cross_entropy
-    assert loss(after, labels) < loss(before / before.abs().max() * trainer.args.scale, labels)
+    assert loss(after, labels) < loss(before / before.abs().max() * float(head.logit_scale), labels)
     assert all(torch.equal(trainer.model.state_dict()[name], value) for name, value in backbone.items())
     assert {name for name, _ in head.named_parameters()} == {
         f"projection.{n}" for n in ("0.weight", "1.weight", "1.bias")
@@ -275,7 +274,7 @@ def mean_loss_over_training_images(trainer: Any) -> float:
     """Of the model in eval mode, by PyTorch's own cross-entropy."""
     logits, labels = trainer.predict(trainer.model, trainer.loaders.fit)
     heads = list(hyperproto.get_heads(trainer.model).values())
-    scale = trainer.args.scale / float(heads[0].logit_scale) if heads else 1.0
+    scale = trainer.criterion.scale / float(heads[0].logit_scale) if heads else 1.0
     return float(torch.nn.functional.cross_entropy(scale * logits, labels))
 
 

@@ -178,6 +178,25 @@ def test_training(make_loss, momentum, soft, training_output):
     assert loss.device == DEVICE
 
 
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_counts_go_there_and_come_back(momentum):
+    model = converted()
+    assigner = DynamicAssigner(model.cpu(), momentum=momentum)
+    widest = assigner.class_counts.dtype
+    assert widest == torch.float64
+    features, labels = loader()[0]
+    for turn, device in enumerate([DEVICE, torch.device("cpu"), DEVICE], start=1):
+        model.to(device)
+        assigner.update(model(features.to(device)).detach(), labels.to(device))
+        assert assigner.class_counts.dtype == (torch.float32 if device == DEVICE else widest)
+        assert float(assigner.class_counts.sum()) == float(assigner.pending_counts.sum()) == turn * len(labels)
+        assigner.half()
+        state = {name: value.cpu() for name, value in assigner.state_dict().items()}
+        assigner.load_state_dict(state)
+    assigner.step()
+    assert float(assigner.combined_counts.sum()) == 3 * len(labels)
+
+
 @pytest.mark.parametrize("projection", ["linear", "linear+bn"])
 @pytest.mark.parametrize("fit", [fit_head, refit_head, fit_logit_scale])
 def test_fits(fit, projection):

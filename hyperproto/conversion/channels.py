@@ -1,13 +1,8 @@
 """The head for feature maps: what an nn.Conv2d of size 1 was to an nn.Linear."""
 
-import torch
 from torch import Tensor
 
 from hyperproto.head import HypersphericalHead
-from hyperproto.sphere import assigned_cosines
-
-# A leaf to torch.fx, as in the module of the base class.
-torch.fx.wrap("assigned_cosines")
 
 
 class ChannelsFirstHead(HypersphericalHead):
@@ -17,15 +12,13 @@ class ChannelsFirstHead(HypersphericalHead):
     state and `embed`, which takes rows (..., in_features), are those of the base class.
 
     Examples:
+        >>> import torch
         >>> ChannelsFirstHead(8, 4, dim=3)(torch.randn(2, 8, 5, 6)).shape
         torch.Size([2, 4, 5, 6])
     """
 
+    class_dim = 1
+
     def forward(self, features: Tensor) -> Tensor:
         """(B, in_features, H, W) -> (B, C, H, W) logits, or (B, D, H, W) embeddings in train mode if so chosen."""
-        rows = self.embed(features.permute(0, 2, 3, 1))
-        if not (self.training and self.training_output == "embedding"):
-            if not torch.jit.is_scripting():
-                self._check_written_assignment()
-            rows = assigned_cosines(rows, self.bank.prototypes, self.assignment) * self.logit_scale
-        return rows.permute(0, 3, 1, 2)
+        return self._output(self.embed(features.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)

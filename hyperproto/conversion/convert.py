@@ -7,12 +7,12 @@ import logging
 import torch
 from torch import nn
 
-from hyperproto.arguments import seed_number, whole_number
+from hyperproto.arguments import flag, seed_number, shown, whole_number
 from hyperproto.bank import PrototypeBank
 from hyperproto.codebook import TrainingOutput
 from hyperproto.conversion.channels import ChannelsFirstHead
 from hyperproto.conversion.describe import describe
-from hyperproto.conversion.loading import check_before_loading
+from hyperproto.conversion.loading import guard_loading
 from hyperproto.conversion.locate import (
     Leaf,
     check_unwrapped,
@@ -30,8 +30,10 @@ from hyperproto.conversion.structures import (
     drop_token_head,
     keep_unfused,
     move_behind_pooling,
+    name_architecture,
     resize_auxiliary,
     set_num_classes,
+    set_num_labels,
 )
 from hyperproto.conversion.warm_start import centred_weights, warm_start_
 from hyperproto.errors import AlreadyConvertedError, ArgumentError
@@ -67,9 +69,9 @@ def convert_model(
     logger "hyperproto.conversion.convert" says the same at level INFO.
 
     Args:
-        model: any timm or torchvision classifier, or any module with `classifier` given. The classifier is one or
-            more layers nn.Linear or nn.Conv2d of size 1. timm's `reset_classifier` on a converted model restores it
-            first.
+        model: any timm or torchvision classifier, an image classifier of transformers, open_clip's and fastai's
+            wrappers of timm models, or any module with `classifier` given. The classifier is one or more layers
+            nn.Linear or nn.Conv2d of size 1. timm's `reset_classifier` on a converted model restores it first.
         dim: dimension D of the embeddings; by default the bank's, or the width of the features (the smallest, where
             several classifiers differ).
         num_classes: number of labels; by default the old classifier's. Needed for models made with num_classes=0.
@@ -101,6 +103,9 @@ def convert_model(
         torch.Size([3, 4])
     """
     others = get_heads(model)
+    if classifier is not None and not isinstance(classifier, str):
+        raise ArgumentError(f"expected classifier to be the dotted name of a layer, got {shown(classifier)}.")
+    warm_start = flag(warm_start, "warm_start")
     _check_no_head_at(model, others, classifier)
     check_unwrapped(model)
     dim = None if dim is None else whole_number(dim, "dim")
@@ -126,14 +131,17 @@ def convert_model(
         found = classifier is None or classifier in known_names(model)
         _put_in(model, leaves, heads, record, seed)
         if not others:
-            set_num_classes(model, list(record.leaves), next(iter(heads.values())).num_classes)
+            count = next(iter(heads.values())).num_classes
+            set_num_classes(model, list(record.leaves), count)
+            set_num_labels(model, count)
+            name_architecture(model)
         check_reach(model, dict(zip(record.leaves, heads.values(), strict=True)), found=found)
         record.num_parameters_after = count_parameters(model)
         record.changes = before.changes()
         record.requires_grad = before.changed_flags()
         earlier = model.__dict__.get(RECORD)
         if earlier is None:
-            record.load_check = check_before_loading(model)
+            record.load_check = guard_loading(model)
         else:
             record.add_earlier(earlier)
         model.__dict__[RECORD] = record
@@ -199,7 +207,7 @@ def _bank_of_warm_start(
     """Where "auto" would make prototypes that the classifier does not fit on, those of its own class vectors."""
     first = next(iter(leaves.values()))
     num_classes = num_outputs(first) if num_classes is None else num_classes
-    if bank != "auto" or dim is None or dim >= num_classes - 1:
+    if not (isinstance(bank, str) and bank == "auto") or dim is None or dim >= num_classes - 1:
         return bank
     return PrototypeBank.from_class_vectors(centred_weights(first, num_classes, num_inputs(first))[0], dim)
 

@@ -7,6 +7,7 @@ import math
 from torch import nn
 
 from hyperproto.affine import known_layers
+from hyperproto.arguments import module
 from hyperproto.bank import PrototypeBank
 from hyperproto.conversion.locate import Leaf, num_inputs, num_outputs
 from hyperproto.conversion.record import RECORD, Conversion, count_parameters
@@ -40,10 +41,12 @@ def describe(model: nn.Module, criterion: nn.Module | None = None) -> str:
         Sequential: 4 classes on prototypes in dimension 2
           0: was Linear 16 -> 4, projects 16 -> 2 (linear, batch norm)
           bank: orthoplex, 4 prototypes, largest cosine 0.0000
-          scale: 5.694, as it started: never fitted, see fit_logit_scale
+          scale: 3.487, as it started: never fitted, see fit_logit_scale
           parameters: 68 before, 36 after
     """
     heads = get_heads(model)
+    if criterion is not None:
+        module(criterion, "criterion")
     if not heads:
         require_heads(model)
     first = next(iter(heads.values()))

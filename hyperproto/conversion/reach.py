@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from hyperproto.conversion.channels import ChannelsFirstHead
 from hyperproto.conversion.hooks import drop_hooks
 from hyperproto.errors import HeadNotFoundError
 from hyperproto.head import HypersphericalHead
@@ -33,7 +32,7 @@ HARMLESS = (
 )
 
 #: Packages whose model classes return what their classifier does.
-LIBRARIES = ("timm", "torchvision")
+LIBRARIES = ("timm", "torchvision", "transformers")
 
 #: What a forward pass may raise on an input that was guessed.
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ArithmeticError)
@@ -98,7 +97,7 @@ class _Probe(nn.Module):
     def __init__(self, head: HypersphericalHead, same: Tensor) -> None:
         super().__init__()
         self.same = same  # (C,)
-        self.class_dim = 1 if isinstance(head, ChannelsFirstHead) else -1
+        self.class_dim = head.class_dim
         self.called = False
 
     def forward(self, features: Tensor) -> Tensor:

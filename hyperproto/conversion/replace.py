@@ -20,6 +20,5 @@ def replace_head(model: nn.Module, name: str, head: HypersphericalHead) -> None:
     witness = next(old.parameters())
     head.to(device=witness.device, dtype=witness.dtype).train(old.training)
     put_in_place(model, old, head)
-    old.retired = True
     for module in holders:
         module.__dict__[RECORD].num_parameters_after = count_parameters(module)

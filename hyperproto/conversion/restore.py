@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from hyperproto.conversion.module_ref import ModuleRef
 from hyperproto.conversion.record import RECORD, get_record
 from hyperproto.heads import get_heads
+from hyperproto.module_ref import ModuleRef
 
 
 def restore_model(model: nn.Module) -> nn.Module:
@@ -35,7 +35,7 @@ def restore_model(model: nn.Module) -> nn.Module:
     record.undo()
     stay = list(get_heads(model).values())  # those that were put in by hand
     for head in heads:
-        head.retired = head not in stay
+        head.placement.taken_out = head not in stay
     if record.load_check is not None:
         record.load_check.remove()
     del model.__dict__[RECORD]

@@ -17,13 +17,14 @@ from hyperproto.conversion.replace import replace_head
 from hyperproto.errors import ArgumentError
 from hyperproto.fitting.components import principal_components
 from hyperproto.fitting.data import FitOptions, HeldFeatures
+from hyperproto.fitting.features import checking
 from hyperproto.fitting.hand_over import start_with_free_vectors
 from hyperproto.fitting.report import HeadFit
 from hyperproto.fitting.unit_fit import Fit, Task, fit_unit_head
 from hyperproto.fitting.unit_head import Coordinates, UnitHead
 from hyperproto.head import HypersphericalHead
 from hyperproto.heads import get_heads, require_heads
-from hyperproto.ranks import ProcessGroup, check_member
+from hyperproto.ranks import ProcessGroup, share_state_
 
 
 @torch.inference_mode(False)
@@ -83,10 +84,10 @@ def compress_head(
         >>> compress_head(model, (features, labels), dim=2).accuracy, model[0].dim
         (1.0, 2)
     """
-    name, old = only_head(model, verb="compress_head")
-    options = FitOptions.checked(scale, iterations, class_counts, old.num_classes)
-    dim = whole_number(dim, "dim", smallest=2, largest=old.num_classes)
-    check_member(process_group)
+    with checking(model, process_group=process_group):
+        name, old = only_head(model, verb="compress_head")
+        options = FitOptions.checked(scale, iterations, class_counts, old.num_classes)
+        dim = whole_number(dim, "dim", smallest=2, largest=old.num_classes)
     features = HeldFeatures(model, (old,), loader, process_group=process_group)
     matrix, _ = affine(old.projection, old.in_features)
     to_logits = old.class_prototypes.cpu().double() @ matrix  # (C, F)
@@ -109,6 +110,7 @@ def put_in(model: nn.Module, name: str, fit: Fit, features: HeldFeatures) -> Hea
     head = get_heads(model)[name].like(PrototypeBank.from_tensor(fit.head.vectors), logit_scale=fit.logit_scale)
     state = fit.head.state_of(head.projection, features.scatters[0], keep_statistics=False)
     head.projection.load_state_dict(state)
+    share_state_(head.to(features.device), process_group=features.process_group)
     replace_head(model, name, head)
     return features.report(head, fit.held_out)
 

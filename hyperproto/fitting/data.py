@@ -51,6 +51,8 @@ class HeldFeatures:
 
     Attributes:
         scatters: for each head, of the features of all ranks.
+        process_group: the ranks.
+        device: where the heads are.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class HeldFeatures:
             samples[index].add(features, target.to(device))
 
         self._statistics, self._num_samples = collect(model, heads, loader, keep, process_group=process_group)
-        self._process_group, self._device = process_group, device
+        self.process_group, self.device = process_group, device
         self.scatters = [statistics.scatter() for statistics in self._statistics]
         self._fitted_to, self._held_out = zip(*(self._parted(each.batches()) for each in samples), strict=True)
 
@@ -92,23 +94,23 @@ class HeldFeatures:
     def num_held_out(self, index: int) -> int:
         """On all ranks."""
         count = torch.tensor([sum(len(labels) for _, labels in self._held_out[index])], device="cpu")
-        add_up_ranks([count], self._device, process_group=self._process_group)
+        add_up_ranks([count], self.device, process_group=self.process_group)
         return int(count)
 
     def _weighed(self, batches: Batches, index: int, *, alike: bool) -> Samples:
         num_classes = len(self._statistics[index].counts)
-        return Samples.weighed(batches, num_classes, self._device, alike=alike, process_group=self._process_group)
+        return Samples.weighed(batches, num_classes, self.device, alike=alike, process_group=self.process_group)
 
     def _parted(self, batches: Batches) -> tuple[Batches, Batches]:
         """Batches of what is fitted to, and of what is held out; the given ones go one by one, to save memory."""
         labels = torch.cat([own.cpu() for _, own in batches] or [torch.zeros(0, dtype=torch.int64, device="cpu")])
         keys = torch.cat([sample_keys(rows) for rows, _ in batches] or [labels.double()])
-        is_held_out = held_out(keys, labels, self._device, process_group=self._process_group)
+        is_held_out = held_out(keys, labels, self.device, process_group=self.process_group)
         parts: tuple[Batches, Batches] = ([], [])
         for mask in torch.split(is_held_out, [len(own) for _, own in batches]):
             rows, own = batches.pop(0)
             for part, chosen in zip(parts, (~mask, mask), strict=True):
-                chosen = chosen.to(self._device)
+                chosen = chosen.to(self.device)
                 if bool(chosen.any()):
                     part.append((rows[chosen], own[chosen]))
         return parts
@@ -122,7 +124,7 @@ class HeldFeatures:
             self._num_samples,
             batches,
             held_out=held_out,
-            process_group=self._process_group,
+            process_group=self.process_group,
         )
 
 

@@ -15,7 +15,7 @@ from hyperproto.arguments import choice
 from hyperproto.fitting.closed_form import match_classes, regress
 from hyperproto.fitting.compress_head import fit_class_vectors, only_head, put_in
 from hyperproto.fitting.data import FitOptions, HeldFeatures
-from hyperproto.fitting.features import collect
+from hyperproto.fitting.features import checking, collect
 from hyperproto.fitting.report import HeadFit, report_fit
 from hyperproto.fitting.statistics import FeatureSample, FeatureStatistics
 from hyperproto.fitting.unit_head import UnitHead
@@ -23,7 +23,7 @@ from hyperproto.head import HypersphericalHead
 from hyperproto.heads import require_heads
 from hyperproto.matching.solve import solve_assignment
 from hyperproto.projection import has_layers
-from hyperproto.ranks import ProcessGroup, check_member
+from hyperproto.ranks import ProcessGroup, check_not_sharded, decided_by_first
 
 #: Numbers of the features kept to measure the accuracy of the start by: 128 MiB.
 KEPT_NUMBERS = 2**25
@@ -35,7 +35,6 @@ MOST_ITERATIONS = 200
 ACCURACY_CHUNK = 4096
 
 
-@torch.no_grad()
 def fit_head(
     model: nn.Module,
     loader: Iterable[Any],
@@ -108,13 +107,36 @@ def fit_head(
         Schoenemann, A generalized solution of the orthogonal Procrustes problem, 1966; Hastie, Tibshirani, Buja,
         Flexible discriminant analysis by optimal scoring, 1994 (discriminants by regression).
     """
-    heads = require_heads(model)
-    check_member(process_group)
+    with checking(model, process_group=process_group):
+        heads = require_heads(model)
+        check_not_sharded(model, [each for head in heads for each in head.projection.parameters()])
+        for head in heads:
+            layers_of(head.projection)  # raises for a projection that cannot be set, before the pass over the data
+        if bank is not None:
+            choice(bank, "bank", ("class-vectors",))
+            name, head = only_head(model, verb="fit_head")
     if bank is not None:
-        choice(bank, "bank", ("class-vectors",))
-        return _fit_class_vectors(model, loader, process_group)
-    for head in heads:
-        layers_of(head.projection)  # raises for a projection that cannot be set, before the pass over the data
+        return _fit_class_vectors(model, name, head, loader, process_group)
+    return _fit_model(model, heads, loader, process_group)
+
+
+@torch.inference_mode(False)
+def _fit_class_vectors(
+    model: nn.Module, name: str, head: HypersphericalHead, loader: Iterable[Any], process_group: ProcessGroup | None
+) -> HeadFit:
+    features = HeldFeatures(model, (head,), loader, process_group=process_group)
+    present = partial(UnitHead.of_projection, head.projection, head.class_prototypes)
+    fit = fit_class_vectors(features, head.dim, present, FitOptions(None, MOST_ITERATIONS, None))
+    return put_in(model, name, fit, features) if fit.is_new else features.report(head, fit.held_out)
+
+
+@torch.no_grad()
+def _fit_model(
+    model: nn.Module,
+    heads: tuple[HypersphericalHead, ...],
+    loader: Iterable[Any],
+    process_group: ProcessGroup | None,
+) -> HeadFit:
     sample = FeatureSample(max(1, KEPT_NUMBERS // heads[0].in_features), heads[0].in_features)
 
     def keep(index: int, features: Tensor, target: Tensor) -> None:
@@ -128,28 +150,24 @@ def fit_head(
     def report() -> HeadFit:
         return report_fit(heads[0], statistics[0], num_samples, batches, process_group=process_group)
 
-    starts = _fit_all(heads, statistics, shrunk=True)
-    if not (has_layers(heads[0].projection) and statistics[0].shrinking_hides_most()):
-        _write(heads, starts)
-        return report()
-    others = _fit_all(heads, statistics, shrunk=False)
+    def decide() -> list[list[_Start]]:
+        starts = [_fit_all(heads, statistics, shrunk=True)]
+        if has_layers(heads[0].projection) and statistics[0].shrinking_hides_most():
+            starts.append(_fit_all(heads, statistics, shrunk=False))
+        return starts
+
+    starts, *rest = decided_by_first(decide, heads[0].assignment.device, process_group=process_group)
     _write(heads, starts)
     fit = report()
+    if not rest:
+        return fit
+    [others] = rest
     _write(heads, others)
     other = report()
     if other.accuracy > fit.accuracy:
         return other
     _write(heads, starts)
     return fit
-
-
-@torch.inference_mode(False)
-def _fit_class_vectors(model: nn.Module, loader: Iterable[Any], process_group: ProcessGroup | None) -> HeadFit:
-    name, head = only_head(model, verb="fit_head")
-    features = HeldFeatures(model, (head,), loader, process_group=process_group)
-    present = partial(UnitHead.of_projection, head.projection, head.class_prototypes)
-    fit = fit_class_vectors(features, head.dim, present, FitOptions(None, MOST_ITERATIONS, None))
-    return put_in(model, name, fit, features) if fit.is_new else features.report(head, fit.held_out)
 
 
 @dataclass(frozen=True)

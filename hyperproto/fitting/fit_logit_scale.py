@@ -6,19 +6,17 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from hyperproto.conversion.channels import ChannelsFirstHead
-from hyperproto.errors import ArgumentError, ShapeError
-from hyperproto.fitting.features import evaluating, is_of_positions, run_batches, unwrapped
+from hyperproto.errors import ArgumentError
+from hyperproto.fitting.features import checking, evaluating, run_batches, unwrapped
 from hyperproto.fitting.temperature import SCALE_BOUNDS, Slopes
 from hyperproto.head import HypersphericalHead
 from hyperproto.heads import require_heads
-from hyperproto.ranks import ProcessGroup, add_up_ranks, check_member
+from hyperproto.ranks import ProcessGroup, add_up_ranks, share_first_
 from hyperproto.telling import tell
 
 
-@torch.no_grad()
 def fit_logit_scale(model: nn.Module, loader: Iterable[Any], *, process_group: ProcessGroup | None = None) -> float:
     r"""Scale s that minimises the negative log-likelihood of held-out data; set on the model's heads in place.
 
@@ -54,8 +52,8 @@ def fit_logit_scale(model: nn.Module, loader: Iterable[Any], *, process_group: P
     References:
         Guo et al., On calibration of modern neural networks, ICML 2017 (temperature scaling).
     """
-    heads = require_heads(model)
-    check_member(process_group)
+    with checking(model, process_group=process_group):
+        heads = require_heads(model)
     scale = _sum_slopes(unwrapped(model), heads[0], loader, process_group).best_scale()
     if scale == SCALE_BOUNDS[0]:
         tell(
@@ -68,11 +66,13 @@ def fit_logit_scale(model: nn.Module, loader: Iterable[Any], *, process_group: P
             "all of these samples, and their probabilities become 1. Fit on data that the model was not trained on, "
             "and on more of them."
         )
-    for head in heads:
-        head.logit_scale.fill_(scale)
+    with torch.no_grad():  # a scale may be a parameter
+        for head in heads:
+            share_first_(head.logit_scale.fill_(scale), process_group=process_group)
     return float(heads[0].logit_scale)
 
 
+@torch.no_grad()
 def _sum_slopes(
     model: nn.Module, head: HypersphericalHead, loader: Iterable[Any], process_group: ProcessGroup | None
 ) -> Slopes:
@@ -91,11 +91,11 @@ def _sum_slopes(
     counts = torch.zeros(2, dtype=torch.float64, device="cpu")  # samples, and values that are not finite
     with evaluating(model, process_group=process_group):
         for output, target in run_batches(model, loader, head):
-            if is_of_positions(target):
-                output, target = _rows(output, target, head), target.flatten()
-            cosines = head.read(output).cosines()
+            readout = head.read(output)
+            target = readout.read_target(target.to(readout.output.device)).values
+            cosines = readout.cosines()
             counts += torch.tensor([len(cosines), int((~torch.isfinite(cosines)).sum())], device="cpu")
-            slopes.add(cosines, target.to(cosines.device))
+            slopes.add(cosines, target)
     add_up_ranks([counts, *slopes.tensors()], head.assignment.device, process_group=process_group)
     num_samples, num_wrong = counts.tolist()
     if not num_samples:
@@ -103,13 +103,3 @@ def _sum_slopes(
     if num_wrong:
         raise ArgumentError("the model returned NaN or infinite logits; the scale is unchanged.")
     return slopes
-
-
-def _rows(output: Tensor, target: Tensor, head: HypersphericalHead) -> Tensor:
-    """Logits (N, C) of each position that has a label in the target (B, ...)."""
-    rows = output.movedim(1, -1) if isinstance(head, ChannelsFirstHead) else output
-    if rows.shape[:-1] != target.shape:
-        raise ShapeError(
-            f"expected labels for all positions of the output, {tuple(rows.shape[:-1])}, got {tuple(target.shape)}."
-        )
-    return rows.flatten(0, -2)

@@ -62,8 +62,7 @@ def hand_over(
 
     for parameter in parameters:
         parameter.requires_grad_(True)
-    for _ in samples.descend(loss, parameters, iterations=iterations, at_a_time=iterations, smallest_gain=0.0):
-        pass
+    samples.descend(loss, parameters, iterations=iterations, at_a_time=iterations, smallest_gain=0.0)
     return replace(start, matrix=matrix.detach(), offset=offset.detach(), vectors=vectors.detach())
 
 

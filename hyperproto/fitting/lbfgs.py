@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hyperproto.ranks import ProcessGroup, add_up_ranks
+from hyperproto.ranks import ProcessGroup, add_up_ranks, steered_by_first
 
 #: Of features (N, F) and labels (N,), a loss for each (N,).
 SampleLoss = Callable[[Tensor, Tensor], Tensor]
@@ -75,12 +75,13 @@ class Samples:
         at_a_time: int,
         smallest_gain: float,
         penalty: float = 0.0,
-    ) -> Iterator[int]:
+    ) -> None:
         r"""L-BFGS on the weighted mean of a loss and a penalty on lengths; in place, a round of iterations at a time.
 
         $$ \min_\theta \sum_i w_{y_i} \, \ell_\theta(x_i, y_i) + \tfrac{\lambda}{2} \lVert \theta \rVert^2 $$
 
-        Nothing is drawn: the same features, the same result. Under torch.distributed all ranks take the same steps.
+        Nothing is drawn: the same features, the same result. Under torch.distributed all ranks take the first one's
+        steps, and end with its parameters.
 
         Args:
             loss: differentiable in the parameters, which it reads.
@@ -90,15 +91,13 @@ class Samples:
             smallest_gain: share of the objective; a round that has gained less is followed by one more, the last.
             penalty: lambda.
 
-        Yields:
-            The number of iterations so far, after each round.
-
         References:
             Liu, Nocedal, On the limited memory BFGS method for large scale optimization, 1989.
         """
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
 
+        @torch.enable_grad()
         def evaluate() -> Tensor:
             total = parameters[0].new_zeros(())
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -114,13 +113,15 @@ class Samples:
                 total += 0.5 * penalty * parameter.detach().square().sum()
             return total
 
-        optimizer = torch.optim.LBFGS(parameters, history_size=HISTORY, line_search_fn="strong_wolfe")
-        [options], before = optimizer.param_groups, math.inf
-        for done in range(0, iterations, at_a_time):
-            options["max_iter"] = min(at_a_time, iterations - done)
-            options["max_eval"] = 3 * options["max_iter"]
-            begun = float(optimizer.step(evaluate))  # type: ignore[no-untyped-call]
-            yield done + options["max_iter"]
-            if not before - begun > smallest_gain * abs(begun):
-                return
-            before = begun
+        def steer(evaluate: Callable[[], Tensor]) -> None:
+            optimizer = torch.optim.LBFGS(parameters, history_size=HISTORY, line_search_fn="strong_wolfe")
+            [options], before = optimizer.param_groups, math.inf
+            for done in range(0, iterations, at_a_time):
+                options["max_iter"] = min(at_a_time, iterations - done)
+                options["max_eval"] = 3 * options["max_iter"]
+                begun = float(optimizer.step(evaluate))  # type: ignore[no-untyped-call]
+                if not before - begun > smallest_gain * abs(begun):
+                    return
+                before = begun
+
+        steered_by_first(steer, evaluate, parameters, process_group=self.process_group)

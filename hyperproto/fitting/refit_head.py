@@ -13,6 +13,7 @@ from hyperproto.affine import layers_of
 from hyperproto.errors import ArgumentError
 from hyperproto.fitting.closed_form import least_squares
 from hyperproto.fitting.data import FitOptions, HeldFeatures
+from hyperproto.fitting.features import checking
 from hyperproto.fitting.hand_over import start_with_prototypes
 from hyperproto.fitting.report import HeadFit
 from hyperproto.fitting.unit_fit import Fit, Task, fit_unit_head
@@ -20,7 +21,7 @@ from hyperproto.fitting.unit_head import UnitHead
 from hyperproto.head import HypersphericalHead
 from hyperproto.heads import require_heads
 from hyperproto.projection import has_layers
-from hyperproto.ranks import ProcessGroup, check_member
+from hyperproto.ranks import ProcessGroup, check_not_sharded, share_first_, share_state_
 
 
 @torch.inference_mode(False)
@@ -97,15 +98,16 @@ def refit_head(
         Hinton, Vinyals, Dean, Distilling the knowledge in a neural network, 2015; Menon et al., Long-tail learning via
         logit adjustment, 2021 (class_counts).
     """
-    heads = require_heads(model)
-    options = FitOptions.checked(scale, iterations, class_counts, heads[0].num_classes)
-    check_member(process_group)
-    for head in heads:
-        if not has_layers(head.projection):
-            raise ArgumentError(
-                'a head with projection="none" has nothing to fit: convert with "linear" or "linear+bn".'
-            )
-        layers_of(head.projection)  # raises for a projection that cannot be set, before the pass over the data
+    with checking(model, process_group=process_group):
+        heads = require_heads(model)
+        options = FitOptions.checked(scale, iterations, class_counts, heads[0].num_classes)
+        check_not_sharded(model, [each for head in heads for each in head.projection.parameters()])
+        for head in heads:
+            if not has_layers(head.projection):
+                raise ArgumentError(
+                    'a head with projection="none" has nothing to fit: convert with "linear" or "linear+bn".'
+                )
+            layers_of(head.projection)  # raises for a projection that cannot be set, before the pass over the data
     features = HeldFeatures(model, heads, loader, process_group=process_group)
     fits = [_fit(head, features, index, options) for index, head in enumerate(heads)]
     states = [
@@ -116,7 +118,8 @@ def refit_head(
         for head, fit, state in zip(heads, fits, states, strict=True):
             if fit.is_new:
                 head.projection.load_state_dict(state)
-                head.logit_scale.fill_(fit.logit_scale)
+                share_state_(head.projection, process_group=process_group)
+                share_first_(head.logit_scale.fill_(fit.logit_scale), process_group=process_group)
     return features.report(heads[0], fits[0].held_out)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from hyperproto.fitting.lbfgs import SampleLoss, Samples
 from hyperproto.fitting.unit_head import Coordinates
 from hyperproto.precision import full_precision
+from hyperproto.ranks import share_first_
 
 #: Penalties that are tried, each from where the one before has led, until one makes the held-out samples less likely.
 PENALTIES = tuple(0.1 * 0.5**k for k in range(16))
@@ -95,15 +96,14 @@ def refined(
     """The same fitted further, with its penalty; as it was where that leads to what is not finite."""
     parameters = [each.clone().requires_grad_(True) for each in (teacher.vectors, teacher.matrix, teacher.bias)]
     fitted = replace(teacher, vectors=parameters[0], matrix=parameters[1], bias=parameters[2])
-    for _ in fit.descend(
+    fit.descend(
         _loss(fitted, log_prior),
         parameters,
         iterations=iterations,
         at_a_time=AT_A_TIME,
         penalty=teacher.penalty,
         smallest_gain=smallest_gain,
-    ):
-        pass
+    )
     if not all(bool(each.isfinite().all()) for each in parameters):
         return teacher
     vectors, matrix, bias = (each.detach() for each in parameters)
@@ -127,6 +127,8 @@ def first_teacher(coordinates: Coordinates, fit: Samples, num_classes: int, rank
     roots = (START * lengths[:rank]).sqrt()
     vectors, matrix = left[:, :rank] * roots, roots[:, None] * right[:rank]
     vectors, matrix = (each.float().contiguous().to(device) for each in (vectors, matrix))
+    for factor in (vectors, matrix):
+        share_first_(factor, process_group=fit.process_group)
     return Teacher(coordinates, vectors, matrix, torch.zeros(num_classes, device=device), math.inf)
 
 

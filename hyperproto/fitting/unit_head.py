@@ -14,6 +14,7 @@ from hyperproto.fitting.lbfgs import Samples
 from hyperproto.fitting.statistics import ClassScatter
 from hyperproto.fitting.temperature import Slopes
 from hyperproto.precision import full_precision
+from hyperproto.ranks import decided_by_first, share_first_
 from hyperproto.sphere import normalise
 
 
@@ -40,11 +41,13 @@ class Coordinates:
         """
         mean = scatter.centre
         centre = (mean if centred else torch.zeros_like(mean)).float().to(samples.weights.device)
+        share_first_(centre, process_group=samples.process_group)
         # Of about this size, so that no square leaves the range of float32.
         moment = float(scatter.balanced.trace()) + (0.0 if centred else float(mean.square().sum()))
         rough = cls(centre, math.sqrt(len(mean) / moment))
         mean_square = samples.mean(lambda features, labels: rough.of(features).square().mean(dim=1))
-        return cls(centre, rough.inverse_spread / math.sqrt(mean_square) if mean_square > 0.0 else rough.inverse_spread)
+        inverse_spread = rough.inverse_spread / math.sqrt(mean_square) if mean_square > 0.0 else rough.inverse_spread
+        return cls(centre, decided_by_first(lambda: inverse_spread, centre.device, process_group=samples.process_group))
 
     def of(self, features: Tensor) -> Tensor:
         """(N, F) -> (N, F)."""

@@ -1,0 +1,69 @@
+"""Whether a head is still where a function of this library put it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from hyperproto.errors import HeadNotFoundError
+
+
+class Placement:
+    """The model and the name under which a head was put into it, if any, until it is taken out.
+
+    Attributes:
+        taken_out: whether something took the head out of its model.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 2))
+        >>> placement = Placement()
+        >>> placement.put_into(model, "0")
+        >>> placement.check(model[0])
+    """
+
+    def __init__(self) -> None:
+        self.taken_out = False
+        self._model: weakref.ref[nn.Module] | None = None
+        self._name = ""
+
+    def put_into(self, model: nn.Module, name: str) -> None:
+        """Remember that the head is the module of this name now."""
+        self._model, self._name = weakref.ref(model), name
+
+    def check(self, head: nn.Module) -> None:
+        """Raise if the head was taken out of its model, by this library or by a layer that a user put in its place.
+
+        Raises:
+            HeadNotFoundError: it was.
+        """
+        if self.taken_out:
+            raise HeadNotFoundError(
+                "this HypersphericalHead is no longer part of its model: restore_model, to_linear, compress_head or "
+                "the model's reset_classifier took it out. If the model has no other one, call "
+                "hyperproto.convert_model(model, ...) again; then make a new assigner, criterion and optimizer."
+            )
+        model = None if self._model is None or torch.compiler.is_compiling() else self._model()
+        if model is None:
+            return
+        layer: Any = model
+        for part in self._name.split("."):
+            layer = None if layer is None else layer._modules.get(part)
+        if layer is head:
+            return
+        moved_to = next((name for name, module in model.named_modules() if module is head), None)
+        if moved_to is not None:
+            self._name = moved_to
+        elif layer is not None and next(layer.parameters(), None) is not None:  # else a backbone, the head behind it
+            raise HeadNotFoundError(
+                f"expected this HypersphericalHead at {self._name!r} of {type(model).__name__}, where a "
+                f"{type(layer).__name__} is now: its outputs are no cosines with this head's prototypes. Put the head "
+                "back, or convert the model again (hyperproto.convert_model) and make a new assigner, criterion and "
+                "optimizer."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is not the module at that place, and a weak reference cannot be pickled.
+        return {**self.__dict__, "_model": None}
