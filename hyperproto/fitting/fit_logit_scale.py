@@ -69,7 +69,7 @@ def fit_logit_scale(model: nn.Module, loader: Iterable[Any], *, process_group: P
     with torch.no_grad():  # a scale may be a parameter
         for head in heads:
             share_first_(head.logit_scale.fill_(scale), process_group=process_group)
-    return float(heads[0].logit_scale)
+    return float(heads[0].logit_scale.detach())
 
 
 @torch.no_grad()
