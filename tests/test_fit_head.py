@@ -673,7 +673,6 @@ def test_class_vectors_beat_prototypes_that_know_nothing_of_the_classes():
         )
     assert accuracies["class-vectors"] > accuracies[None]
     assert fit.held_out.is_better
-    assert old.retired
 
 
 def test_more_dimensions_than_labels_take_class_vectors_too():

@@ -15,10 +15,12 @@ from hyperproto.bank import PrototypeBank
 from hyperproto.conversion.locate import check_unwrapped
 from hyperproto.conversion.replace import replace_head
 from hyperproto.errors import ArgumentError
+from hyperproto.fitting.closed_form import least_squares
 from hyperproto.fitting.components import principal_components
 from hyperproto.fitting.data import FitOptions, HeldFeatures
 from hyperproto.fitting.features import checking
 from hyperproto.fitting.hand_over import start_with_free_vectors
+from hyperproto.fitting.lbfgs import Samples
 from hyperproto.fitting.report import HeadFit
 from hyperproto.fitting.unit_fit import Fit, Task, fit_unit_head
 from hyperproto.fitting.unit_head import Coordinates, UnitHead
@@ -51,7 +53,7 @@ def compress_head(
     The answers p are those of a softmax classifier of rank D with a penalty on lengths, as in `refit_head`; A and W
     start from its two factors. What is said there of the samples held out, of memory, modes and ranks holds here.
     Then W is the new head's bank, label c on prototype c, and never trains again. Where held-out samples speak for the
-    `dim` principal components of the old head's logits instead, the new head is made of these.
+    `dim` principal components of a closed form's logits instead, the new head is made of those of the old head.
 
     The old head is taken out: criteria and assigners bound to it raise, and an optimiser has to be made anew.
     `restore_model` brings back the original classifier as before. To load a checkpoint of the new model, take the bank
@@ -91,18 +93,35 @@ def compress_head(
     features = HeldFeatures(model, (old,), loader, process_group=process_group)
     matrix, _ = affine(old.projection, old.in_features)
     to_logits = old.class_prototypes.cpu().double() @ matrix  # (C, F)
-    present = partial(principal_components, to_logits, features.scatters[0], dim)
-    fit = fit_class_vectors(features, dim, present, options)
+    prototypes, scatter = old.class_prototypes, features.scatters[0]
+
+    def stand_in(samples: Samples, coordinates: Coordinates) -> UnitHead:
+        closed = least_squares(samples, coordinates, class_prototypes=prototypes, intercept=True)
+        matrix = coordinates.inverse_spread * closed.matrix.cpu().double()
+        return principal_components(prototypes.cpu().double() @ matrix, scatter, dim, coordinates)
+
+    task = class_vector_task(
+        features,
+        dim,
+        present=partial(principal_components, to_logits, scatter, dim),
+        stand_in=stand_in,
+        asks_present=False,
+    )
+    fit = fit_unit_head(features, task, options)
     return put_in(model, name, fit, features)
 
 
-def fit_class_vectors(
-    features: HeldFeatures, dim: int, present: Callable[[Coordinates], UnitHead], options: FitOptions
-) -> Fit:
+def class_vector_task(
+    features: HeldFeatures,
+    dim: int,
+    *,
+    present: Callable[[Coordinates], UnitHead],
+    stand_in: Callable[[Samples, Coordinates], UnitHead],
+    asks_present: bool,
+) -> Task:
     """Projection and class vectors of D dimensions for the features that reach a model's only head."""
     start = partial(start_with_free_vectors, dim=dim, seen=features.scatters[0].labels)
-    task = Task(index=0, rank=dim, present=present, start=start, stand_in=None, fixed_vectors=False, intercept=True)
-    return fit_unit_head(features, task, options)
+    return Task(0, dim, present, start, stand_in, asks_present, fixed_vectors=False, intercept=True)
 
 
 def put_in(model: nn.Module, name: str, fit: Fit, features: HeldFeatures) -> HeadFit:

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from hyperproto.affine import affine_state, layers_of
 from hyperproto.arguments import choice
-from hyperproto.fitting.closed_form import match_classes, regress
-from hyperproto.fitting.compress_head import fit_class_vectors, only_head, put_in
+from hyperproto.fitting.closed_form import least_squares, match_classes, regress
+from hyperproto.fitting.compress_head import class_vector_task, only_head, put_in
 from hyperproto.fitting.data import FitOptions, HeldFeatures
 from hyperproto.fitting.features import checking, collect
 from hyperproto.fitting.report import HeadFit, report_fit
 from hyperproto.fitting.statistics import FeatureSample, FeatureStatistics
+from hyperproto.fitting.unit_fit import fit_unit_head
 from hyperproto.fitting.unit_head import UnitHead
 from hyperproto.head import HypersphericalHead
 from hyperproto.heads import require_heads
@@ -126,7 +127,9 @@ def _fit_class_vectors(
 ) -> HeadFit:
     features = HeldFeatures(model, (head,), loader, process_group=process_group)
     present = partial(UnitHead.of_projection, head.projection, head.class_prototypes)
-    fit = fit_class_vectors(features, head.dim, present, FitOptions(None, MOST_ITERATIONS, None))
+    stand_in = partial(least_squares, class_prototypes=head.class_prototypes, intercept=True)
+    task = class_vector_task(features, head.dim, present=present, stand_in=stand_in, asks_present=True)
+    fit = fit_unit_head(features, task, FitOptions(None, MOST_ITERATIONS, None))
     return put_in(model, name, fit, features) if fit.is_new else features.report(head, fit.held_out)
 
 

@@ -131,6 +131,7 @@ def _fit(head: HypersphericalHead, features: HeldFeatures, index: int, options: 
         present=partial(UnitHead.of_projection, head.projection, prototypes),
         start=partial(start_with_prototypes, class_prototypes=prototypes, intercept=intercept),
         stand_in=partial(least_squares, class_prototypes=prototypes, intercept=intercept),
+        asks_present=True,
         fixed_vectors=True,
         intercept=intercept,
     )

@@ -21,15 +21,15 @@ class HeldOut:
 
     Attributes:
         num_samples: on all ranks.
-        accuracy_before: share in [0, 1] of the right answers of what there was before: the head, or for `compress_head`
-            the principal components of its logits.
+        accuracy_before: share in [0, 1] of the right answers of what there was before, or of least squares in closed
+            form in its place: for a head that was fitted to these samples, so that they say nothing of it, and for
+            `compress_head`, their principal components.
         accuracy: of the fit.
         log_loss_before: mean of the negative log-likelihood, at the scale that suits it best.
         log_loss: likewise.
         penalty: of lengths, chosen for the classifier whose answers were handed on.
-        was_seen: whether what there was must have been fitted to these samples: then they say nothing of it.
-        is_better: whether the fit is better, or what there was cannot be told to be; it was then made once more with
-            these samples, and taken.
+        was_seen: whether closed form stands in for what there was.
+        is_better: whether the fit is; it was then made once more with these samples, and taken.
     """
 
     num_samples: int
@@ -45,7 +45,7 @@ class HeldOut:
         return (
             f"on {self.num_samples} samples held out: accuracy {100 * self.accuracy_before:.1f} % before, "
             f"{100 * self.accuracy:.1f} % after, log-loss {self.log_loss_before:.3f} before, {self.log_loss:.3f} after"
-            f"{'; fitted to them before' if self.was_seen else '' if self.is_better else '; what there was stays'}"
+            f"{' (in closed form)' if self.was_seen else ''}{'' if self.is_better else '; what there was stays'}"
         )
 
 

@@ -15,10 +15,7 @@ from hyperproto.fitting.lbfgs import Samples
 from hyperproto.fitting.report import HeldOut
 from hyperproto.fitting.teacher import Teacher, find_teacher, first_teacher, refined
 from hyperproto.fitting.temperature import SCALE_BOUNDS
-from hyperproto.fitting.unit_head import Coordinates, Score, UnitHead, score
-
-#: What any head is better than.
-NOTHING = Score(accuracy=0.0, log_loss=math.inf, scale=1.0)
+from hyperproto.fitting.unit_head import Coordinates, UnitHead, score
 
 #: Apart by less than so many standard errors, accuracies do not differ.
 STANDARD_ERRORS = 3.0
@@ -34,6 +31,8 @@ class Task:
         present: what there is already, in coordinates.
         start: where a head starts from that is to give a teacher's answers.
         stand_in: a closed form that is judged in the place of what there is, where this was fitted to the judges.
+        asks_present: whether what there is may be judged itself. Few components of a head that was fitted to the judges
+            do no better on them than one that was not, and worse on others.
         fixed_vectors: whether its class vectors stay as they are.
         intercept: whether its projection has a free one.
     """
@@ -42,7 +41,8 @@ class Task:
     rank: int
     present: Callable[[Coordinates], UnitHead]
     start: Callable[[Teacher], UnitHead]
-    stand_in: Callable[[Samples, Coordinates], UnitHead] | None
+    stand_in: Callable[[Samples, Coordinates], UnitHead]
+    asks_present: bool
     fixed_vectors: bool
     intercept: bool
 
@@ -114,15 +114,13 @@ def fit_unit_head(features: HeldFeatures, task: Task, options: FitOptions) -> Fi
     final = pupil(refined(teacher, everything, prior, iterations=iterations), everything)
     seen = score(final, held_out)
     num_samples = features.num_held_out(task.index)
-    was_seen = has_seen(present.accuracy, unseen.accuracy, seen.accuracy, num_samples)
-    rival = present
-    if was_seen:
-        rival = NOTHING if task.stand_in is None else score(task.stand_in(fitted_to, coordinates), held_out)
+    was_seen = not task.asks_present or has_seen(present.accuracy, unseen.accuracy, seen.accuracy, num_samples)
+    rival = score(task.stand_in(fitted_to, coordinates), held_out) if was_seen else present
     report = HeldOut(
         num_samples=num_samples,
-        accuracy_before=present.accuracy,
+        accuracy_before=rival.accuracy,
         accuracy=unseen.accuracy,
-        log_loss_before=present.log_loss,
+        log_loss_before=rival.log_loss,
         log_loss=unseen.log_loss,
         penalty=teacher.penalty,
         was_seen=was_seen,
