@@ -116,6 +116,7 @@ def fit_unit_head(features: HeldFeatures, task: Task, options: FitOptions) -> Fi
     num_samples = features.num_held_out(task.index)
     was_seen = not task.asks_present or has_seen(present.accuracy, unseen.accuracy, seen.accuracy, num_samples)
     rival = score(task.stand_in(fitted_to, coordinates), held_out) if was_seen else present
+    is_better = unseen.is_better_than(rival) or unseen.is_better_than(present)
     report = HeldOut(
         num_samples=num_samples,
         accuracy_before=rival.accuracy,
@@ -124,7 +125,7 @@ def fit_unit_head(features: HeldFeatures, task: Task, options: FitOptions) -> Fi
         log_loss=unseen.log_loss,
         penalty=teacher.penalty,
         was_seen=was_seen,
-        is_better=math.isfinite(seen.log_loss) and unseen.is_better_than(rival),
+        is_better=math.isfinite(seen.log_loss) and is_better,
     )
     head, reached = (final, unseen) if report.is_better else (before, present)
     if scale is None:
@@ -151,5 +152,5 @@ def has_seen(present: float, unseen: float, seen: float, num_samples: int) -> bo
         >>> has_seen(1.00, unseen=0.95, seen=1.00, num_samples=30)
         False
     """
-    deviation = math.sqrt(unseen * (1.0 - unseen) / num_samples)
+    deviation = math.sqrt(max(0.0, unseen * (1.0 - unseen)) / num_samples)  # rounded, 1 may be more
     return seen - unseen > STANDARD_ERRORS * deviation and present > 0.5 * (unseen + seen)
