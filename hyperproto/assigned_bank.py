@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from hyperproto.arguments import as_tensor
 from hyperproto.assignment_record import count_of, is_of_another, read_assignment, record_of
-from hyperproto.bank import PrototypeBank, has_values
+from hyperproto.bank import PrototypeBank
 from hyperproto.checkpoint import check_format, format_version, stamp_format_
 from hyperproto.errors import AssignmentError, BankError
 from hyperproto.matching.problem import check_assignment
+from hyperproto.prototypes import has_values
 from hyperproto.targets import has_memory
 
 #: What to do where an average has no assignment.

@@ -10,10 +10,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hyperproto.arguments import choice, matrix, positive_number, whole_number
 from hyperproto.assigned_bank import AssignedBank
-from hyperproto.bank import PrototypeBank, has_values
+from hyperproto.bank import PrototypeBank
 from hyperproto.errors import CheckpointError, ShapeError
 from hyperproto.placement import Placement
 from hyperproto.precision import keeping_dtype
+from hyperproto.prototypes import has_values
 from hyperproto.readout import Readout, choose_anchors
 from hyperproto.separation import default_logit_scale
 from hyperproto.sphere import assigned_cosines, check_unit_rows

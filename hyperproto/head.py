@@ -61,6 +61,7 @@ class HypersphericalHead(Codebook):
 
     Attributes:
         out_features: C, by the name that nn.Linear has for it.
+        class_names: C names in the order of the labels, or None.
 
     Shape:
         features (..., in_features) -> logits (..., C), float32.
@@ -127,6 +128,7 @@ class HypersphericalHead(Codebook):
         super().__init__(bank, num_classes, logit_scale=logit_scale, training_output=training_output)
         self.in_features = in_features
         self.out_features = num_classes
+        self.class_names: tuple[str, ...] | None = None
         self.projection = build_projection(projection, in_features, dim, seed=seed_of_projection(seed))
         be_leaf_(self)
 
@@ -160,7 +162,7 @@ class HypersphericalHead(Codebook):
 
     def like(self, bank: PrototypeBank, *, logit_scale: float) -> "HypersphericalHead":
         """A fresh head of the same kind and options on another bank, with projection "linear+bn"."""
-        return type(self)(
+        head = type(self)(
             self.in_features,
             self.num_classes,
             bank=bank,
@@ -168,6 +170,8 @@ class HypersphericalHead(Codebook):
             logit_scale=logit_scale,
             training_output=self.training_output,
         )
+        head.class_names = self.class_names
+        return head
 
     def extra_repr(self) -> str:
         """What `repr` shows."""

@@ -29,6 +29,7 @@ LAYERS = [
     "checkpoint",
     "constructions",
     "separation",
+    "prototypes",
     "bank",
     "matching",
     "projection",
@@ -40,6 +41,7 @@ LAYERS = [
     "codebook",
     "head",
     "heads",
+    "class_names",
     "functional",
     "class_means",
     "assignment_step",
@@ -49,6 +51,7 @@ LAYERS = [
     "losses",
     "conversion",
     "fitting",
+    "pretrained",
     "testing",
 ]
 
@@ -73,6 +76,8 @@ INNER_LAYERS = {
         "hooks",
         "locate",
         "channels",
+        "stored",
+        "like",
         "record",
         "replace",
         "loading",
@@ -98,6 +103,7 @@ INNER_LAYERS = {
         "compress_head",
         "fit_logit_scale",
     ],
+    "pretrained": ["config", "card", "load", "whole"],
     "testing": [
         "requirements",
         "state",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from hyperproto.checkpoint import loading_under_way
 from hyperproto.heads import get_heads
 from hyperproto.running_means import RunningMeans
 
@@ -29,15 +29,8 @@ def guard_loading(model: nn.Module) -> RemovableHandle:
 def _check_parts(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
     for name, head in get_heads(model).items():
         head.check_checkpoint(state_dict, f"{prefix}{name}.")
-    root, whole = _under_way()
-    for name, module in root.named_modules(remove_duplicate=False):
+    root, whole = loading_under_way()
+    for name, module in root.named_modules(remove_duplicate=False) if root else ():
         if isinstance(module, RunningMeans):
             module.check_checkpoint(whole, f"{name}.")
 
-
-def _under_way() -> tuple[nn.Module, Mapping[str, Any]]:
-    """The module that is being loaded, and all of what it was given: a module within it gets its own entries alone."""
-    frame = sys._getframe()
-    while frame.f_back is not None and frame.f_code is not nn.Module.load_state_dict.__code__:
-        frame = frame.f_back
-    return frame.f_locals["self"], frame.f_locals["state_dict"]
