@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from hyperproto.arguments import choice, matrix, positive_number, whole_number
 from hyperproto.assigned_bank import AssignedBank
 from hyperproto.bank import PrototypeBank
-from hyperproto.errors import CheckpointError, ShapeError
+from hyperproto.errors import AssignmentError, CheckpointError, ShapeError
 from hyperproto.placement import Placement
 from hyperproto.precision import keeping_dtype
 from hyperproto.prototypes import has_values
@@ -68,6 +68,8 @@ class Codebook(AssignedBank):
     ) -> None:
         choice(training_output, "training_output", get_args(TrainingOutput))
         super().__init__(bank, num_classes)
+        #: Whether the scale follows from the bank, which may have no values yet.
+        self._scale_of_bank = logit_scale is None
         if logit_scale is None:
             logit_scale = default_logit_scale(bank.prototypes, num_classes)
         logit_scale = positive_number(logit_scale, "logit_scale")
@@ -88,6 +90,10 @@ class Codebook(AssignedBank):
         self.register_buffer("anchor_inverse", inverse, persistent=False)
         #: Bank, assignment and both of these, and how often each had been written, when anchors were last right.
         self._anchored: tuple[tuple[int, int], ...] = ()
+        #: Whether anchors could not be chosen so far, since the bank had no values.
+        self._anchors_wanting = False
+        #: Whether it has been on the device "meta", and nothing has seen to all of its values since.
+        self._awaits_values = False
         self._choose_anchors()
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
@@ -177,6 +183,7 @@ class Codebook(AssignedBank):
             raise ShapeError(f"expected embeddings of shape (B, {self.dim}), got {tuple(embeddings.shape)}.")
         k = whole_number(k, "k", smallest=1, largest=self.num_classes)
         check_unit_rows(embeddings)
+        self._check_values(embeddings)
         self._look()
         best = embeddings.new_empty((len(embeddings), 0), dtype=torch.float32)
         labels = torch.empty((len(embeddings), 0), dtype=torch.int64, device=embeddings.device)
@@ -217,7 +224,20 @@ class Codebook(AssignedBank):
             message += f" Of positions this head returns {shape}: output.movedim({other}, {here}) where classes moved."
         return message
 
+    def _check_values(self, given: Tensor) -> None:
+        """Raise where the head's buffers are on the device "meta" and what is given is not.
+
+        Raises:
+            AssignmentError: they are.
+        """
+        if self.assignment.is_meta and not given.is_meta:
+            raise AssignmentError(
+                'the head has no values now (device meta). Load a checkpoint; of an offloaded model, whose buffers come '
+                "back for the time of a call, use what the model returns, or offload without offload_buffers=True."
+            )
+
     def _readout(self, output: Tensor, is_embedding: bool) -> Readout:
+        self._check_values(output)
         if not is_embedding:
             self._follow_bank()
         return Readout(
@@ -246,6 +266,9 @@ class Codebook(AssignedBank):
         buffers = (self.bank.prototypes, self.assignment, self.anchors, self.anchor_inverse)
         if any(each.is_meta or each.is_inference() or not has_memory(each) for each in buffers):
             return
+        if self._anchors_wanting and has_values(self.bank.prototypes):
+            self._choose_anchors()
+            return
         now = tuple((id(each), each._version) for each in buffers)
         if self._anchored and now[:2] != self._anchored[:2] and now[2:] == self._anchored[2:]:
             self._choose_anchors()
@@ -256,8 +279,9 @@ class Codebook(AssignedBank):
     def _choose_anchors(self) -> None:
         if self.anchors is None or self.anchor_inverse is None:
             return
-        if self.anchors.is_meta or not has_values(self.bank.prototypes):
-            return  # a checkpoint brings its own
+        self._anchors_wanting = self.anchors.is_meta or not has_values(self.bank.prototypes)
+        if self._anchors_wanting:
+            return
         anchors, inverse = choose_anchors(self.bank.prototypes.cpu(), self.assignment.cpu())
         self.anchors.copy_(anchors)
         self.anchor_inverse.copy_(inverse)
@@ -276,6 +300,7 @@ class Codebook(AssignedBank):
                     own = keeping_dtype(fn) if isinstance(module, _BatchNorm) else fn
                     module._apply(own, recurse=False)  # type: ignore[no-untyped-call]
         super()._apply(keeping_dtype(fn), recurse=False)  # type: ignore[no-untyped-call]
+        self._awaits_values = self._awaits_values or self.assignment.is_meta
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -299,5 +324,6 @@ class Codebook(AssignedBank):
 
 
 def _after_load(codebook: Codebook, incompatible_keys: object) -> None:
+    codebook._awaits_values = codebook.assignment.is_meta
     codebook._give_anchors_a_place()
     codebook._choose_anchors()
