@@ -35,6 +35,7 @@ from hyperproto.heads import get_heads
 from hyperproto.losses import BalancedLoss, LongTailLoss, PrototypeCrossEntropyLoss
 from hyperproto.matching.solve import AssignmentSolution
 from hyperproto.pretrained.load import load_model
+from hyperproto.pretrained.whole import load_pretrained, save_pretrained
 from hyperproto.separation import BankReport
 
 __version__ = "0.1.0"
@@ -71,8 +72,10 @@ __all__ = [
     "functional",
     "get_heads",
     "load_model",
+    "load_pretrained",
     "refit_head",
     "restore_model",
+    "save_pretrained",
     "to_linear",
 ]
 

@@ -27,7 +27,7 @@ class PrototypeBank(nn.Module):
 
     The same arguments give the same bank, bit for bit, on machines of one kind; the global random state is neither
     read nor changed. Whatever `half()` or `double()` do to a model around it, the prototypes stay in float32. After
-    `to_empty` they are NaN until a checkpoint is loaded.
+    `to_empty` they are NaN until a checkpoint is loaded or `reset_parameters` builds them anew.
 
     Args:
         num_prototypes: P >= 2, the number of classes or more.
@@ -87,12 +87,9 @@ class PrototypeBank(nn.Module):
         _check_energy_options(method, power, half_space)
         self.method = method
         self._options = {"power": power, "half_space": half_space} if method == "energy" else {}
-        self._seed = seed
-        # Where everything is made without values, a checkpoint is going to bring them: some banks take long to build.
-        empty = torch.get_default_device().type == "meta"
-        prototypes = None if empty else self._build(num_prototypes, dim)
-        self.register_buffer("prototypes", torch.empty(num_prototypes, dim, device="meta") if empty else prototypes)
-        self._awaits_values = empty
+        self._seed: int | None = seed
+        self.register_buffer("prototypes", self._build(num_prototypes, dim))
+        self._kept: Tensor | None = None
 
     @classmethod
     def from_tensor(cls, prototypes: Tensor) -> "PrototypeBank":
@@ -200,7 +197,7 @@ class PrototypeBank(nn.Module):
         bank.method = method
         bank._seed = None
         bank._options = {}
-        bank._awaits_values = False
+        bank._kept = None
         return bank
 
     @property
@@ -240,22 +237,32 @@ class PrototypeBank(nn.Module):
         """(P, D), the prototypes. A call, so that hooks on modules (offloading) bring the buffer to where it is."""
         return self.prototypes
 
+    def keep_values(self) -> None:
+        """Remember the prototypes for `reset_parameters`, until a checkpoint brings some.
+
+        For models made on the default device "meta", whose buffers something is going to replace.
+        """
+        self._kept = self.prototypes
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Build the prototypes anew, in place, where they have no values; else nothing: they never move.
+        """Prototypes as they were built, in place, where they have been lost; else nothing: they never move.
 
         Raises:
             BankError: they were given, and not built.
         """
-        if self.prototypes.is_meta or not (self._awaits_values or not has_values(self.prototypes)):
+        if self.prototypes.is_meta:
             return
-        if self._seed is None:
-            raise BankError(
-                f"the prototypes ({self.method}) were lost when the bank was emptied, and cannot be built anew. Load a "
-                "checkpoint that has them; or convert the model with this bank when its weights are loaded."
-            )
-        self.prototypes.copy_(self._build(self.num_prototypes, self.dim))
-        self._awaits_values = False
+        if self._kept is not None:
+            self.prototypes.copy_(self._kept)
+            self._kept = None
+        elif not has_values(self.prototypes):
+            if self._seed is None:
+                raise BankError(
+                    f"the prototypes ({self.method}) were lost when the bank was emptied, and cannot be built anew. Load "
+                    "a checkpoint that has them, or convert the model with this bank when its weights are loaded."
+                )
+            self.prototypes.copy_(self._build(self.num_prototypes, self.dim))
 
     def _build(self, num_prototypes: int, dim: int) -> Tensor:
         generator = torch.Generator(device="cpu").manual_seed(self._seed or 0)
@@ -289,10 +296,10 @@ class PrototypeBank(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         name = prefix + "prototypes"
         if name not in state_dict:
-            state_dict |= {name: value for value in _by_another_name(self)}
+            state_dict.update((name, value) for value in _by_another_name(self))
         self.check_checkpoint(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._awaits_values = self._awaits_values and name not in state_dict
+        self._kept = None if name in state_dict else self._kept
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PrototypeBank":
         before = self.prototypes
@@ -300,7 +307,6 @@ class PrototypeBank(nn.Module):
         # Freed memory may hold an older bank, so that nothing later could tell prototypes from what `to_empty` found.
         if _values_lost(before, self.prototypes):
             self.prototypes.fill_(math.nan)
-        self._awaits_values = self._awaits_values or self.prototypes.is_meta
         return self
 
 

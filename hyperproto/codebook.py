@@ -92,7 +92,7 @@ class Codebook(AssignedBank):
         self._anchored: tuple[tuple[int, int], ...] = ()
         #: Whether anchors could not be chosen so far, since the bank had no values.
         self._anchors_wanting = False
-        #: Whether it has been on the device "meta", and nothing has seen to all of its values since.
+        #: Whether it was made or moved to where nothing has values, and no checkpoint has been loaded since.
         self._awaits_values = False
         self._choose_anchors()
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
@@ -232,7 +232,7 @@ class Codebook(AssignedBank):
         """
         if self.assignment.is_meta and not given.is_meta:
             raise AssignmentError(
-                'the head has no values now (device meta). Load a checkpoint; of an offloaded model, whose buffers come '
+                "the head has no values now (device meta). Load a checkpoint; of an offloaded model, whose buffers come "
                 "back for the time of a call, use what the model returns, or offload without offload_buffers=True."
             )
 

@@ -133,8 +133,10 @@ class HypersphericalHead(Codebook):
         self.class_names: tuple[str, ...] | None = None
         self.projection = build_projection(projection, in_features, dim, seed=seed_of_projection(seed))
         be_leaf_(self)
+        # What is made without values is going to be filled by something that replaces buffers that have some as well.
         if torch.get_default_device().type == "meta":
-            self.to("meta")
+            self._awaits_values = True
+            self.bank.keep_values()
 
     def forward(self, features: Tensor) -> Tensor:
         """(..., in_features) -> (..., C) logits, or (..., D) embeddings in train mode if so chosen."""
@@ -185,7 +187,7 @@ class HypersphericalHead(Codebook):
         if self.assignment.is_meta:
             raise AssignmentError('the head is on the device "meta". Call model.to_empty(device=...) first.')
         loaded = self._take_loaded() if self._awaits_values else {}
-        if "bank.prototypes" not in loaded:
+        if "bank.prototypes" not in loaded:  # else it may take long to build what is replaced at once
             self.bank.reset_parameters()
         if self._scale_of_bank:
             self.initial_logit_scale = default_logit_scale(self.bank.prototypes, self.num_classes)

@@ -22,6 +22,7 @@ def has_values(prototypes: Tensor) -> bool:
 
 
 def check_unit_rows(got: Tensor, name: str) -> None:
+    """Raise BankError unless the rows of a checkpoint's entry have length 1; on the device "meta" nothing tells."""
     if got.is_meta:
         return
     error = float((got.norm(dim=1) - 1.0).abs().max())
@@ -45,6 +46,7 @@ def equal_rows(rows: Tensor) -> list[tuple[int, int]]:
 
 
 def check_kind(expected: Tensor, got: Tensor, name: str) -> None:
+    """Raise BankError unless a checkpoint's entry has the shape and dtype expected."""
     if got.shape != expected.shape:
         raise BankError(
             f"the checkpoint's {name} has shape {tuple(got.shape)}, this head expects {tuple(expected.shape)} (number "

@@ -266,7 +266,7 @@ def _build_heads(
     for name, leaf in leaves.items():
         # Quantised weights are integers, which a head cannot be trained in.
         dtype = leaf.weight.dtype if leaf.weight.is_floating_point() else torch.get_default_dtype()
-        # What makes parameters alone without values, as accelerate does, leaves the buffers theirs.
+        # What has made the parameters without values, as accelerate and transformers do, leaves the buffers theirs.
         empty = leaf.weight.is_meta and any(parameter.is_meta for parameter in heads[name].parameters())
         heads[name].to(device=None if empty else leaf.weight.device, dtype=dtype).train(leaf.training)
     return heads

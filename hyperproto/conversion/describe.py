@@ -63,7 +63,11 @@ def describe(model: nn.Module, criterion: nn.Module | None = None) -> str:
         lines.append(f"{name or 'itself'}: {_origin(leaves.get(head))}{_projection(head)}")
     banks = {head.bank: f"bank: {_bank(head.bank)}" for head in heads.values()}
     lines += dict.fromkeys(banks.values())
-    lines += [f"classes: {shown_names(names)}" for names in dict.fromkeys(head.class_names for head in heads.values()) if names]
+    lines += [
+        f"classes: {shown_names(names)}"
+        for names in dict.fromkeys(head.class_names for head in heads.values())
+        if names
+    ]
     scales = {_scale(head): None for head in heads.values()}
     lines += [f"scale: {scale}" for scale in scales]
     lines += _of_criterion(criterion, first)

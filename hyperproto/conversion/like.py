@@ -118,7 +118,8 @@ def find_tasks(model: nn.Module, state: State) -> list[Task]:
         CheckpointError: entries of one head contradict each other, or are of a kind that `convert_model` does not make.
     """
     known, modules = known_names(model), dict(model.named_modules())
-    together, alone = [], []
+    together: list[StoredHead] = []
+    alone: list[StoredHead] = []
     for name in head_names(state):
         head = _read_head(state, name)
         # What the model knows of, or is going to have, is converted by one call.

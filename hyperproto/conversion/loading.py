@@ -33,4 +33,3 @@ def _check_parts(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *
     for name, module in root.named_modules(remove_duplicate=False) if root else ():
         if isinstance(module, RunningMeans):
             module.check_checkpoint(whole, f"{name}.")
-

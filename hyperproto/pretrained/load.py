@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-import torch
 from torch import nn
 
 from hyperproto.arguments import module
@@ -43,6 +42,7 @@ def load_model(model: nn.Module, state_or_path: State | str | os.PathLike[str]) 
         AlreadyConvertedError: the model has a head already: use `model.load_state_dict`, or restore it.
 
     Examples:
+        >>> import torch
         >>> saved = convert_model(nn.Sequential(nn.Linear(16, 4)), dim=2, classifier="0", seed=3)
         >>> model = load_model(nn.Sequential(nn.Linear(16, 4)), saved.state_dict())
         >>> torch.equal(model.eval()(torch.ones(1, 16)), saved.eval()(torch.ones(1, 16)))
