@@ -259,8 +259,8 @@ class PrototypeBank(nn.Module):
         elif not has_values(self.prototypes):
             if self._seed is None:
                 raise BankError(
-                    f"the prototypes ({self.method}) were lost when the bank was emptied, and cannot be built anew. Load "
-                    "a checkpoint that has them, or convert the model with this bank when its weights are loaded."
+                    f"the prototypes ({self.method}) were lost when the bank was emptied, and cannot be built anew. "
+                    "Load a checkpoint that has them, or convert the model with this bank when its weights are loaded."
                 )
             self.prototypes.copy_(self._build(self.num_prototypes, self.dim))
 

@@ -95,8 +95,8 @@ def check_class_names(model: nn.Module, dataset: object) -> None:
     check_number_of_names(names, len(expected))
     label = next(label for label, pair in enumerate(zip(expected, names, strict=True)) if pair[0] != pair[1])
     raise LabelError(
-        f"expected label {label} to be {expected[label]!r}, as the model has it, got {names[label]!r}. Give the data set "
-        "the model's order: ImageFolder's find_classes can be overridden, target_transform can renumber."
+        f"expected label {label} to be {expected[label]!r}, as the model has it, got {names[label]!r}. Give the "
+        "data set the model's order: ImageFolder's find_classes can be overridden, target_transform can renumber."
     )
 
 

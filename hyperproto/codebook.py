@@ -232,8 +232,8 @@ class Codebook(AssignedBank):
         """
         if self.assignment.is_meta and not given.is_meta:
             raise AssignmentError(
-                "the head has no values now (device meta). Load a checkpoint; of an offloaded model, whose buffers come "
-                "back for the time of a call, use what the model returns, or offload without offload_buffers=True."
+                "the head has no values now (device meta). Load a checkpoint; of an offloaded model, whose buffers "
+                "come back for the time of a call, use what the model returns, or offload without offload_buffers=True."
             )
 
     def _readout(self, output: Tensor, is_embedding: bool) -> Readout:

@@ -27,8 +27,8 @@ def describe(model: nn.Module, criterion: nn.Module | None = None) -> str:
     """What the model's hyperspherical heads are and what they took the place of; changes nothing.
 
     A line for each head (its name, what stood there, widths), one for the bank they share, one for the names of the
-    classes where it has them, one for their scale and whether anything has fitted it, one for the parameters of the model before and after, and one for whatever else the
-    conversion changed.
+    classes where it has them, one for their scale and whether anything has fitted it, one for the parameters of the
+    model before and after, and one for whatever else the conversion changed.
 
     Args:
         model: a converted model, bare or wrapped, or any module with a head in it.

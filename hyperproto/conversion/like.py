@@ -185,7 +185,7 @@ def _bank_of(state: State, name: str) -> str:
 
 
 def _check_shared(state: State, first: StoredHead, other: StoredHead) -> None:
-    """Raise unless two heads of a model that combines several have one bank and one assignment, stored once or twice."""
+    """Raise unless two heads, of a model that combines several, have one bank and one assignment."""
     pairs = [(f"{first.name}.assignment", f"{other.name}.assignment"), (first.prototypes, other.prototypes)]
     for one, two in pairs:
         if not torch.equal(state[one].cpu(), state[two].cpu()):

@@ -109,8 +109,8 @@ def _read_safetensors(path: Path) -> Any:
 def _read_torch(path: Path) -> Any:
     if not zipfile.is_zipfile(path):
         raise CheckpointError(
-            f"expected {path.name} to be a file of torch.save as it is since torch 1.6, which can be read without being "
-            "believed, got something else. Load it where you trust it, and save it anew."
+            f"expected {path.name} to be a file of torch.save as it is since torch 1.6, which can be read without "
+            "being believed, got something else. Load it where you trust it, and save it anew."
         )
     try:
         # Mapped into memory: nothing is read before it is asked for, whatever the file says of its size.

@@ -134,8 +134,8 @@ def dtype_of(model: nn.Module) -> str:
     names = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes or {torch.float32})
     if len(names) > 1 or names[0] not in DTYPES:
         raise ArgumentError(
-            f"expected a model in one dtype among {', '.join(DTYPES)}, got {', '.join(names)}. Save its state_dict, and "
-            "load it by load_model."
+            f"expected a model in one dtype among {', '.join(DTYPES)}, got {', '.join(names)}. Save its state_dict, "
+            "and load it by load_model."
         )
     return names[0]
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
+import torch
 from torch import nn
 
 from hyperproto.arguments import module
 from hyperproto.codebook import TrainingOutput
 from hyperproto.conversion.convert import convert_model
 from hyperproto.conversion.restore import restore_model
-from hyperproto.conversion.stored import State, read_state
+from hyperproto.conversion.stored import State, head_names, read_state
 from hyperproto.errors import CheckpointError
 from hyperproto.heads import get_heads
 
@@ -56,7 +58,8 @@ def convert_and_load(
     model: nn.Module, state: State, *, training_output: TrainingOutput = "logits", class_names: object = None
 ) -> nn.Module:
     """As `load_model`, with what is in no `state_dict`."""
-    convert_model(module(model), like=state, training_output=training_output, class_names=class_names)
+    state = _in_own_names(module(model), state)
+    convert_model(model, like=state, training_output=training_output, class_names=class_names)
     try:
         _check_entries(model, state)
         model.load_state_dict(dict(state))
@@ -64,6 +67,28 @@ def convert_and_load(
         restore_model(model)
         raise
     return model
+
+
+def _in_own_names(model: Any, state: State) -> State:
+    """The entries by the names that a model has for them: transformers writes some otherwise, and reads them back."""
+    if not (hasattr(model, "from_pretrained") and hasattr(model, "config")):
+        return state
+    heads = tuple(f"{name}." for name in head_names(state))
+    if all(name in state for name in model.state_dict() if not name.startswith(heads)):
+        return state
+    try:
+        with torch.random.fork_rng(devices=[]):  # for the start of the classifier, which is not needed
+            again, told = type(model).from_pretrained(
+                None, config=model.config, state_dict=dict(state), output_loading_info=True
+            )
+    except RuntimeError:  # of other shapes: the model's own check names them
+        return state
+    lacking = {name for name in told["missing_keys"] if not name.startswith(heads)}
+    backbone = {
+        name: value for name, value in again.state_dict().items() if not name.startswith(heads) and name not in lacking
+    }
+    kept = {name: value for name, value in state.items() if name.startswith(heads) or name in told["unexpected_keys"]}
+    return backbone | kept
 
 
 def _check_entries(model: nn.Module, state: State) -> None:
@@ -78,12 +103,14 @@ def _check_entries(model: nn.Module, state: State) -> None:
     banks = {f"{name}.bank.prototypes" for name in get_heads(model)}
     missing = own.keys() - state.keys() - of_heads - banks
     unexpected = state.keys() - own.keys() - banks
-    shapes = [name for name, value in own.items() if name in state and state[name].shape != value.shape]
+    shapes = [
+        f"{name} {tuple(state[name].shape)} for {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in state and state[name].shape != value.shape
+    ]
     for what, names in (("lacks", missing), ("has", unexpected), ("has in other shapes", shapes)):
         if names:
-            first = sorted(names)[:SHOWN]
-            told = [f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}" for name in first]
-            shown = ", ".join(told if names is shapes else first)
+            shown = ", ".join(sorted(names)[:SHOWN])
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             raise CheckpointError(
                 f"the checkpoint is not one of this model ({type(model).__name__}): it {what} {shown}{more}. Make the "

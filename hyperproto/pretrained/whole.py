@@ -46,12 +46,12 @@ def save_pretrained(
 ) -> None:
     """Write a converted model into a folder: weights, what builds it again, and a card; `load_pretrained` reads it.
 
-    `model.safetensors` has the `state_dict`. `config.json` has the architecture, what the heads were converted with, the
-    names of the classes and how images are normalised. `README.md` is a card for people: `describe`, the bank's report,
-    the scale and what has fitted the heads.
+    `model.safetensors` has the `state_dict`. `config.json` has the architecture, what the heads were converted with,
+    the names of the classes and how images are normalised. `README.md` is a card for people: `describe`, the bank's
+    report, the scale and what has fitted the heads.
 
-    A timm model is built again by its name alone, which is tried here: one that was made with further arguments (another
-    size of images, another pooling) is told (`HyperprotoWarning`), and saved as one that a factory makes.
+    A timm model is built again by its name alone, which is tried here: one that was made with further arguments
+    (another size of images, another pooling) is told (`HyperprotoWarning`), and saved as one that a factory makes.
 
     Args:
         model: as `convert_model` returned it, not wrapped.
