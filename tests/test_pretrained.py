@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import torch
 from compatible import MODELS, NUM_CLASSES, converted, images, permute_, plain
 from torch import Tensor, nn
 
+import hyperproto
 from hyperproto import (
     AlreadyConvertedError,
     ArgumentError,
@@ -600,3 +602,48 @@ def test_files_that_are_no_configuration(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"load_model|damaged"):
         load_pretrained(tmp_path, perceptron)
+
+
+# The page
+
+
+def blocks(heading: str) -> list[str]:
+    text = (Path(__file__).parents[1] / "docs/whole_models.md").read_text().split(f"\n## {heading}\n")[1]
+    return re.findall(r"```python\n(.*?)```", text.split("\n## ")[0], flags=re.DOTALL)
+
+
+class Folder(torch.utils.data.TensorDataset):
+    classes = ("daisy", "rose", "tulip", "violet")
+
+
+@pytest.mark.parametrize("heading", ["From a checkpoint", "In a folder", "Built without values"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:fit_head")
+def test_the_page_runs(heading, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = Folder(torch.randn(8, 3, 32, 32), torch.arange(8) % 4)
+    space = {"hyperproto": hyperproto, "timm": timm, "train_set": data, "test_set": data, "images": data.tensors[0]}
+    if heading == "From a checkpoint":
+        saved = convert_model(timm.create_model("resnet18", num_classes=6), dim=4)
+        torch.save({"model": saved.state_dict(), "epoch": 3}, "last.pt")
+        first, second = blocks(heading)
+        exec(first, space)
+        assert torch.equal(space["model"].eval()(data.tensors[0]), saved.eval()(data.tensors[0]))
+        exec(second, space | {"model": timm.create_model("resnet18")})
+    elif heading == "In a folder":
+        torchvision = space["torchvision"] = pytest.importorskip("torchvision")
+        other = convert_model(torchvision.models.squeezenet1_1(), dim=2000, bank="random", projection="linear")
+        save_pretrained(other, "other")
+        for block in blocks(heading):
+            exec(block, space)
+            if "predicted" in block:
+                assert set(space["predicted"]) <= set(Folder.classes)
+        assert list(get_heads(space["model"])) == ["classifier.2"]
+    else:
+        transformers = space["transformers"] = pytest.importorskip("transformers")
+        sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 8}
+        config = transformers.ViTConfig(hidden_size=16, patch_size=4, num_labels=6, **sizes)
+        transformers.ViTForImageClassification(config).save_pretrained("plain")
+        [block] = blocks(heading)
+        exec(block, space | {"plain_folder": "plain", "folder": "own"})
+        head = load_model(transformers.ViTForImageClassification(config), "own").classifier
+        assert sorted(head.assignment.tolist()) == list(range(6))
