@@ -27,7 +27,7 @@ import hyperproto
 
 MODEL, IMAGE_SIZE, BATCH_SIZE = "resnet18", 224, 128
 #: The learning rate is divided by the scale of the loss, since the gradient grows with that.
-LEARNING_RATE, WEIGHT_DECAY = 3.0, 5e-4
+LEARNING_RATE, WEIGHT_DECAY = 2.0, 5e-4
 
 #: Share of the training images that only the temperature is fitted on.
 HOLDOUT = 0.02

@@ -144,10 +144,11 @@ def build(run: dict[str, Any], data: Data, tuned: nn.Module) -> tuple[nn.Module,
         tuned.classifier = TwoFactors(probe)
         return tuned, F.cross_entropy, {"penalty": probe.penalty}
     tuned.reset_classifier(NUM_CLASSES)
-    hyperproto.convert_model(tuned, dim=dim, seed=run["seed"])
+    from_class_vectors = method.endswith("class vectors")
+    hyperproto.convert_model(tuned, dim=NUM_CLASSES if from_class_vectors else dim, seed=run["seed"])
     loader = list(zip(data.fit[0].split(100), data.fit[1].split(100), strict=True))
-    if method.endswith("class vectors"):
-        hyperproto.fit_head(tuned, loader, bank="class-vectors")
+    if from_class_vectors:
+        hyperproto.compress_head(tuned, loader, dim=dim)
     else:
         hyperproto.fit_head(tuned, loader)
     assigner = hyperproto.DynamicAssigner(tuned)

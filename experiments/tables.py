@@ -105,21 +105,20 @@ def short_table(suite: str) -> str:
 
 
 def scale_table(suite: str) -> str:
-    """Of each scale and dimension the accuracy at the best learning rate, and that rate; mean over seeds."""
-    found: dict[tuple[float | str, int, float], list[float]] = defaultdict(list)
+    """Of each scale and dimension the accuracy at the best learning rate, and that rate."""
+    found: dict[tuple[float | str, int], dict[float, float]] = defaultdict(dict)
     for line in cifar100.results_of("scale"):
         if line["suite"] == suite:
-            found[line["scale"], line["dim"], line["rate"]].append(line["top1"])
-    for rate in scale_grid.RATES:
-        found["default", cifar100.NUM_CLASSES, rate] = found[9.1, cifar100.NUM_CLASSES, rate]
+            found[line["scale"], line["dim"]][line["rate"]] = line["top1"]
+    found["default", cifar100.NUM_CLASSES] = found[9.1, cifar100.NUM_CLASSES]
     given = sorted(scale for scale in scale_grid.SCALES if isinstance(scale, float))
     rows = [["scale", *(f"D = {dim}" for dim in scale_grid.DIMS)], ["---"] * (1 + len(scale_grid.DIMS))]
     for scale in (*given, "default", "learned"):
         cells = [scale if isinstance(scale, str) else f"{scale:g}"]
         for dim in scale_grid.DIMS:
-            rates = {rate: mean(found[scale, dim, rate]) for rate in scale_grid.RATES if found[scale, dim, rate]}
-            best = max(rates, key=lambda rate: rates[rate], default=None)
-            cells.append("-" if best is None else f"{rates[best]:.1f} ({best:g})")
+            accuracies = found[scale, dim]
+            best = max(accuracies, key=lambda rate: accuracies[rate], default=None)
+            cells.append("-" if best is None else f"{accuracies[best]:.1f} ({best:g})")
         rows.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 

@@ -42,7 +42,8 @@ def known_layers(projection: nn.Module) -> Layers | None:
     """The layers of a projection such as `build_projection` makes, SyncBatchNorm for batch norm; None of any other.
 
     A weight that something else computes (a parametrisation, pruning, an adapter, a quantised or sharded tensor) is
-    not known, nor is a subclass with a `forward` of its own, or batch norm without running statistics or a weight.
+    not known, nor is a layer with hooks or a `forward` of its own, or batch norm without running statistics, weight
+    or bias.
 
     Examples:
         >>> known_layers(nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))) is not None
@@ -50,19 +51,25 @@ def known_layers(projection: nn.Module) -> Layers | None:
         >>> known_layers(nn.Sequential(nn.Linear(4, 2), nn.LayerNorm(2))) is None
         True
     """
+    if any(_is_interfered_with(module) for module in projection.modules()):
+        return None
     if not has_layers(projection):
         return Layers(None, None)
-    parts = list(projection) if isinstance(projection, nn.Sequential) else [projection]
+    parts = [projection]
+    if isinstance(projection, nn.Sequential) and type(projection).forward is nn.Sequential.forward:
+        parts = list(projection)
+    if len(parts) not in (1, 2):
+        return None
     linear, batch_norm = (*parts, None)[:2]
-    if len(parts) > 2 or not _is_linear(linear):
+    if not _is_linear(linear):
         return None
     if batch_norm is None:
         return Layers(linear, None)
-    if not isinstance(batch_norm, _BatchNorm) or batch_norm.running_mean is None or not _holds(batch_norm, "weight"):
+    if not isinstance(batch_norm, _BatchNorm) or batch_norm.running_mean is None:
         return None
     if type(batch_norm).forward not in (_BatchNorm.forward, SyncBatchNorm.forward, RowBatchNorm.forward):
         return None
-    return Layers(linear, batch_norm)
+    return Layers(linear, batch_norm) if _holds(batch_norm, "weight") and _holds(batch_norm, "bias") else None
 
 
 def layers_of(projection: nn.Module) -> Layers:
@@ -75,9 +82,9 @@ def layers_of(projection: nn.Module) -> Layers:
     if layers is None:
         raise ArgumentError(
             "expected a projection that can be set: an nn.Linear, or nn.Sequential(nn.Linear, nn.BatchNorm1d) with "
-            f"running statistics, and weights of their own; got {_kinds(projection)}. Merge adapters, remove "
-            "parametrisations and pruning first (their packages have functions for that), or build the head with "
-            'projection="linear+bn".'
+            f"running statistics, weights of their own and no hooks; got {_kinds(projection)}. Merge adapters, remove "
+            "parametrisations, pruning and hooks first (their packages have functions for that), or build the head "
+            'with projection="linear+bn".'
         )
     return layers
 
@@ -273,7 +280,14 @@ def _check_writable(projection: nn.Module, state: dict[str, Tensor]) -> None:
 def _is_linear(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
     """Whether a layer computes W x + b with a W that it holds itself."""
     known = (nn.Linear.forward, SeededLinear.forward)
-    return isinstance(layer, nn.Linear) and type(layer).forward in known and _holds(layer, "weight")
+    if not isinstance(layer, nn.Linear) or type(layer).forward not in known:
+        return False
+    return _holds(layer, "weight") and (layer.bias is None or _holds(layer, "bias"))
+
+
+def _is_interfered_with(module: nn.Module) -> bool:
+    """Whether hooks, or a `forward` put on the instance, may have a say in what a module returns."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def _holds(layer: nn.Module, name: str) -> bool:

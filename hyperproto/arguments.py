@@ -117,6 +117,21 @@ def choice(value: Choice, name: str, choices: tuple[str, ...]) -> Choice:
     return value
 
 
+def flag(value: object, name: str) -> bool:
+    """True or False.
+
+    Raises:
+        ArgumentError: anything else: what counts as true in an `if` is mostly a mistake.
+
+    Examples:
+        >>> flag(np.True_, "half_space")
+        True
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise ArgumentError(f"expected {name} to be True or False, got {shown(value)}.")
+    return bool(value)
+
+
 def module(value: object, name: str = "model") -> nn.Module:
     """A model.
 
@@ -135,13 +150,15 @@ def as_tensor(value: object, name: str, *, error: type[HyperprotoError] = ShapeE
     """A tensor itself, and arrays and lists of real numbers as a tensor of their own on the CPU.
 
     Raises:
-        HyperprotoError: of the class `error`, for what holds no real numbers.
+        HyperprotoError: of the class `error`, for what holds no real numbers, and for sparse and nested tensors.
 
     Examples:
         >>> as_tensor([[1, 2], [3, 4]], "matrix").shape
         torch.Size([2, 2])
     """
     if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_nested:
+            raise error(f"expected {name} to be a dense tensor, got one of layout {value.layout}: see to_dense().")
         return value
     try:
         array = np.array(value)
@@ -155,6 +172,17 @@ def as_tensor(value: object, name: str, *, error: type[HyperprotoError] = ShapeE
     )
 
 
+def readable(tensor: Tensor, name: str, *, error: type[HyperprotoError] = ShapeError) -> Tensor:
+    """The tensor, whose values are there to be looked at.
+
+    Raises:
+        HyperprotoError: of the class `error`, on the device "meta".
+    """
+    if tensor.is_meta:
+        raise error(f"expected {name} with values, got a tensor of shape {tuple(tensor.shape)} on the device meta.")
+    return tensor
+
+
 def places(value: object, name: str, *, error: type[HyperprotoError] = ArgumentError) -> Tensor:
     """(N,) int64 on the CPU from a sequence or set of whole numbers, such as labels; their range is not checked.
 
@@ -165,7 +193,9 @@ def places(value: object, name: str, *, error: type[HyperprotoError] = ArgumentE
         >>> places({2, 1}, "labels"), places([], "labels")
         (tensor([1, 2]), tensor([], dtype=torch.int64))
     """
-    numbers = as_tensor(sorted(value) if isinstance(value, Set) else value, name, error=error).detach()
+    numbers = as_tensor(list(value) if isinstance(value, Set) else value, name, error=error).detach()
+    if isinstance(value, Set):
+        numbers = numbers.sort().values
     if numbers.dim() == 1 and numbers.numel() == 0:
         return numbers.new_zeros(0, dtype=torch.int64, device="cpu")
     if numbers.dim() != 1 or numbers.dtype != torch.int64 or numbers.is_meta:
@@ -176,13 +206,14 @@ def places(value: object, name: str, *, error: type[HyperprotoError] = ArgumentE
     return numbers.cpu()
 
 
-def matrix(value: object, what: str, *, smallest: tuple[int, int] = (1, 1)) -> Tensor:
+def matrix(value: object, what: str, *, smallest: tuple[int, int] = (1, 1), width: int | None = None) -> Tensor:
     """A floating-point matrix of at least so many rows and columns.
 
     Args:
         value: a tensor, array or list of lists; of integers too, where it is no tensor.
         what: it is, for the message.
         smallest: numbers of rows and columns.
+        width: the number of columns, where it is one alone.
 
     Raises:
         ShapeError: anything else.
@@ -191,6 +222,7 @@ def matrix(value: object, what: str, *, smallest: tuple[int, int] = (1, 1)) -> T
     if not isinstance(value, Tensor) and not tensor.is_floating_point():
         tensor = tensor.float()
     fits = tensor.dim() == 2 and tensor.shape[0] >= smallest[0] and tensor.shape[1] >= smallest[1]
+    fits = fits and width in (None, tensor.shape[1])
     if not fits or not tensor.is_floating_point():
         raise ShapeError(f"expected {what}, in a floating dtype, got {tuple(tensor.shape)} and {tensor.dtype}.")
     return tensor

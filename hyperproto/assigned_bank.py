@@ -15,6 +15,7 @@ from hyperproto.bank import PrototypeBank
 from hyperproto.checkpoint import check_format, format_version, stamp_format_
 from hyperproto.errors import AssignmentError, BankError
 from hyperproto.matching.problem import check_assignment
+from hyperproto.modes import makes_graph
 from hyperproto.prototypes import has_values
 from hyperproto.targets import has_memory
 
@@ -145,7 +146,7 @@ class AssignedBank(nn.Module):
         Raises:
             AssignmentError: they are an average over different assignments, or hold none.
         """
-        if (self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+        if (self.training and torch.is_grad_enabled()) or makes_graph():
             return
         entries = (self.assignment, self.assignment_record, self.format_version)
         # Other classes of tensors may have no values to look at, and tensors made in inference mode count no writes.

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
-from typing import get_args
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from hyperproto.arguments import SMALLEST_INT, choice, places, whole_number
+from hyperproto.arguments import SMALLEST_INT, choice, flag, places, whole_number
 from hyperproto.assignment_step import AssignmentStep, packed_labels
+from hyperproto.attachment import Attachment
 from hyperproto.class_means import check_finite
 from hyperproto.errors import ArgumentError, AssignmentError, LabelError
 from hyperproto.head import HypersphericalHead
@@ -28,6 +30,9 @@ from hyperproto.targets import IGNORE_INDEX, Target, check_target, has_memory
 
 #: Steps of which `history` keeps the record: enough for one an epoch, and flat where one follows each batch.
 KEPT_STEPS = 1000
+
+#: Entry of a `state_dict`: batches since the last step, of an assigner that counts them.
+NUM_BATCHES = "num_batches"
 
 #: How ranks that differ come to agree again.
 ADVICE = (
@@ -58,6 +63,11 @@ class DynamicAssigner(RunningMeans):
         process_group: the ranks that `step` combines, those that share out the data; by default all. Where several
             ranks get the same data, as in tensor parallelism, it is the group of one of each. Copies have it too; a
             pickle has none, and what comes out of it asks for it.
+        attach: let this state travel in the model's own `state_dict`, behind its other entries, for engines that save
+            nothing else. It is no part of the model, copies and averages of which have none; checkpoints with and
+            without it load into models with and without it.
+        step_every: batches after which `step` is called by itself, for engines without a hook at the end of an epoch;
+            counted in the `state_dict`.
 
     Attributes:
         class_means: (C, D) float32 buffer, unit rows; zero for a label never seen.
@@ -109,6 +119,8 @@ class DynamicAssigner(RunningMeans):
         momentum: float | None = 0.9,
         solver: AssignmentMethod = "auto",
         process_group: ProcessGroup | None = None,
+        attach: bool = False,
+        step_every: int | None = None,
     ) -> None:
         heads = require_heads(source)
         first = heads[0]
@@ -127,6 +139,12 @@ class DynamicAssigner(RunningMeans):
         self.register_buffer("frozen", torch.zeros((), dtype=torch.int64, device=self.class_means.device))
         noticed = torch.zeros(NUM_NOTICED, dtype=torch.int64, device=self.class_means.device)
         self.register_buffer("noticed", noticed, persistent=False)
+        self.step_every = None if step_every is None else whole_number(step_every, "step_every", smallest=1)
+        self._num_batches = 0
+        self._num_pauses = 0
+        if flag(attach, "attach"):
+            head.attach(self)
+            unwrapped(source).register_state_dict_post_hook(Attachment(head, self))  # type: ignore[no-untyped-call]
 
     @property
     def head(self) -> HypersphericalHead:
@@ -190,8 +208,28 @@ class DynamicAssigner(RunningMeans):
     @torch.no_grad()
     def feed(self, readout: Readout, target: Target) -> None:
         """What `update` does with an output that has been read and a target that has been checked."""
-        if target.values.shape[0] == 0:
+        if self._num_pauses:
             return
+        if target.values.shape[0] > 0:
+            self._feed(readout, target)
+        if self.step_every is not None:
+            self._num_batches += 1
+            if self._num_batches >= self.step_every:
+                self.step()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within this block no batch is fed: for what calls a criterion twice for a batch, or for no training.
+
+        Such as closures of L-BFGS, the second pass of SAM, and searches for a learning rate.
+        """
+        self._num_pauses += 1
+        try:
+            yield
+        finally:
+            self._num_pauses -= 1
+
+    def _feed(self, readout: Readout, target: Target) -> None:
         if not torch.compiler.is_compiling() and not has_memory(readout.output):
             raise ArgumentError(
                 "expected to feed the assigner outside of torch.func's transforms, which change no state. Make the "
@@ -254,6 +292,7 @@ class DynamicAssigner(RunningMeans):
             for each in self._heads:
                 each.assign_(solution.assignment.to(each.assignment.device))
         self._begin_round(means, total)
+        self._num_batches = 0
         record = AssignmentStep(
             changed=int(moved.sum()),
             similarity_before=solution.similarity_of_current,
@@ -269,6 +308,16 @@ class DynamicAssigner(RunningMeans):
         self._oversights.tell(head, self.class_counts, total, lost, self.noticed)
         self.noticed.zero_()
         return record
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.step_every is not None:
+            destination[prefix + NUM_BATCHES] = torch.tensor(self._num_batches, device="cpu")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        num_batches = state_dict.pop(prefix + NUM_BATCHES, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._num_batches = 0 if num_batches is None else int(num_batches)
 
     def _facts(self) -> dict[str, Fact]:
         bank = self.head.bank

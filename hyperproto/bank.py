@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperproto.arguments import matrix, seed_number, whole_number
+from hyperproto.arguments import flag, matrix, readable, seed_number, whole_number
 from hyperproto.checkpoint import is_same_memory, loading_under_way
 from hyperproto.constructions import CONSTRUCTIONS, choose_method
 from hyperproto.constructions.class_vectors import class_vector_points
@@ -84,6 +84,8 @@ class PrototypeBank(nn.Module):
                 f"expected a method among {known}, got {method!r}. For prototypes of your own use "
                 "PrototypeBank.from_tensor(prototypes)."
             )
+        power = whole_number(power, "power", largest=2, error=BankError)
+        half_space = flag(half_space, "half_space")
         _check_energy_options(method, power, half_space)
         self.method = method
         self._options = {"power": power, "half_space": half_space} if method == "energy" else {}
@@ -108,6 +110,7 @@ class PrototypeBank(nn.Module):
                     [ 0., -1.]])
         """
         prototypes = matrix(prototypes, "prototypes of shape (P, D), P >= 2 and D >= 2", smallest=(2, 2))
+        prototypes = readable(prototypes, "prototypes")
         unit_rows = normalise(prototypes.detach())
         # NaN compares false, so that rows of NaN or infinity are caught with the zero rows.
         pointless = torch.nonzero(~(unit_rows.norm(dim=1) > 0.5)).flatten().tolist()
@@ -158,7 +161,7 @@ class PrototypeBank(nn.Module):
         """
         dim = whole_number(dim, "dim", error=BankError)
         vectors = matrix(vectors, "class vectors of shape (C, E), C >= 2", smallest=(2, 1))
-        vectors = vectors.detach().cpu().double()
+        vectors = readable(vectors, "class vectors").detach().cpu().double()
         # NaN and infinity make the largest offset NaN, which compares false.
         offsets = (vectors - vectors.mean(dim=0)).norm(dim=1)
         pointless = torch.nonzero(~(offsets > 1e-6 * offsets.max())).flatten().tolist()
@@ -312,8 +315,8 @@ class PrototypeBank(nn.Module):
 
 def _by_another_name(bank: PrototypeBank) -> list[Tensor]:
     """Prototypes that the checkpoint under way holds for a bank under another of its names; one, or none."""
-    root, whole = loading_under_way()
-    names = [name for name, each in root.named_modules(remove_duplicate=False) if each is bank] if root else []
+    root, whole = loading_under_way() or (bank, {})
+    names = [name for name, each in root.named_modules(remove_duplicate=False) if each is bank]
     return [whole[f"{name}.prototypes"] for name in names if f"{name}.prototypes" in whole][:1]
 
 
@@ -326,8 +329,6 @@ def _values_lost(before: Tensor, after: Tensor) -> bool:
 
 
 def _check_energy_options(method: str, power: int, half_space: bool) -> None:
-    if power not in (0, 1, 2) or isinstance(power, bool):
-        raise BankError(f"expected power to be 0, 1 or 2, got {power}.")
     if method != "energy" and (power != 2 or half_space):
         raise BankError(
             f'power and half_space are options of method="energy", got power={power} and half_space={half_space} '

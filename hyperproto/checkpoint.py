@@ -7,6 +7,7 @@ bits are the version, those above them the count, and no average keeps both.
 
 import sys
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -89,11 +90,14 @@ def is_same_memory(first: Tensor, second: Tensor) -> bool:
         return first is second
 
 
-def loading_under_way() -> tuple[nn.Module | None, Mapping[str, Any]]:
-    """The module that is being loaded, and all of what it was given: a module within it gets its own entries alone."""
-    frame = sys._getframe()
-    while frame.f_back is not None and frame.f_code is not nn.Module.load_state_dict.__code__:
+def loading_under_way() -> tuple[nn.Module, Mapping[str, Any]] | None:
+    """The module that is being loaded, and all of what it was given; None where nobody has called `load_state_dict`.
+
+    torch hands a module within it its own entries alone, in order; what stands beside them is only known by who asked.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is nn.Module.load_state_dict.__code__:
+            return frame.f_locals["self"], frame.f_locals["state_dict"]
         frame = frame.f_back
-    if frame.f_code is not nn.Module.load_state_dict.__code__:
-        return None, {}
-    return frame.f_locals["self"], frame.f_locals["state_dict"]
+    return None

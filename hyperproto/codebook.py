@@ -2,26 +2,31 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hyperproto.arguments import choice, matrix, positive_number, whole_number
+from hyperproto.arguments import as_tensor, choice, matrix, positive_number, whole_number
 from hyperproto.assigned_bank import AssignedBank
 from hyperproto.bank import PrototypeBank
 from hyperproto.errors import AssignmentError, CheckpointError, ShapeError
+from hyperproto.matching.problem import check_assignment
 from hyperproto.placement import Placement
 from hyperproto.precision import keeping_dtype
 from hyperproto.prototypes import has_values
-from hyperproto.readout import Readout, choose_anchors
+from hyperproto.readout import Readout, check_has_values, choose_anchors
 from hyperproto.separation import default_logit_scale
 from hyperproto.sphere import assigned_cosines, check_unit_rows
 from hyperproto.targets import has_memory
 from hyperproto.telling import tell
 
 TrainingOutput = Literal["logits", "embedding"]
+
+#: Before the names of an assigner's entries in the `state_dict` of a head that it is attached to.
+ASSIGNER = "assigner."
 
 #: Classes that `Codebook.topk` compares at a time.
 TOPK_CHUNK = 16_384
@@ -80,6 +85,7 @@ class Codebook(AssignedBank):
             )
         self.training_output = training_output
         self.placement = Placement()
+        self._attached: tuple[Any, ...] = ()  # in a tuple, so that it becomes no submodule
         #: Where `logit_scale` began, which tells whether anything has fitted it since.
         self.initial_logit_scale = logit_scale
         self.register_buffer("logit_scale", torch.tensor(logit_scale, dtype=torch.float32, device="cpu"))
@@ -114,6 +120,7 @@ class Codebook(AssignedBank):
         widths = (self.num_classes, self.dim)
         if not isinstance(output, Tensor) or output.dim() < 2 or output.shape[self.class_dim] not in widths:
             raise ShapeError(self._why_no_output(output))
+        output = as_tensor(output, "the output")
         if not output.is_floating_point():
             raise ShapeError(f"expected an output in a floating dtype, as the model returns it, got {output.dtype}.")
         returned_embeddings = self.training and self.training_output == "embedding"
@@ -153,8 +160,11 @@ class Codebook(AssignedBank):
             logits: (B, C).
 
         Raises:
-            ShapeError: the head was made with training_output="embedding", and does not keep what this takes.
+            ShapeError: logits of another shape; or the head was made with training_output="embedding", and does not
+                keep what this takes.
         """
+        num_classes = self.num_classes
+        logits = matrix(logits, f"logits of shape (B, {num_classes})", smallest=(0, 1), width=num_classes)
         return self._readout(logits, is_embedding=False).embeddings()
 
     @torch.no_grad()
@@ -178,12 +188,10 @@ class Codebook(AssignedBank):
             >>> labels[:, 0].tolist()
             [0, 1, 2, 3]
         """
-        embeddings = matrix(embeddings, f"embeddings of shape (B, {self.dim})", smallest=(0, 1))
-        if embeddings.shape[1] != self.dim:
-            raise ShapeError(f"expected embeddings of shape (B, {self.dim}), got {tuple(embeddings.shape)}.")
+        embeddings = matrix(embeddings, f"embeddings of shape (B, {self.dim})", smallest=(0, 1), width=self.dim)
         k = whole_number(k, "k", smallest=1, largest=self.num_classes)
         check_unit_rows(embeddings)
-        self._check_values(embeddings)
+        check_has_values(self.assignment, embeddings)
         self._look()
         best = embeddings.new_empty((len(embeddings), 0), dtype=torch.float32)
         labels = torch.empty((len(embeddings), 0), dtype=torch.int64, device=embeddings.device)
@@ -196,6 +204,10 @@ class Codebook(AssignedBank):
             labels = labels.gather(1, order)
         return best, labels
 
+    def attach(self, assigner: nn.Module) -> None:
+        """Let the checkpoint of this head bring back the state of an assigner, where it holds one."""
+        self._attached = (assigner,)
+
     def check_checkpoint(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """As of the base class, and the scale.
 
@@ -203,6 +215,8 @@ class Codebook(AssignedBank):
             CheckpointError: a scale that is not positive and finite.
         """
         super().check_checkpoint(state_dict, prefix)
+        for assigner in self._attached:
+            assigner.check_checkpoint(state_dict, prefix + ASSIGNER)
         scale = state_dict.get(prefix + "logit_scale")
         if scale is not None and not scale.is_meta and not 0.0 < float(scale) < math.inf:
             raise CheckpointError(
@@ -212,7 +226,8 @@ class Codebook(AssignedBank):
 
     def train(self, mode: bool = True) -> "Codebook":
         """As of any module; anchors are seen to here too, for what is compiled from then on."""
-        self._follow_bank()
+        with suppress(AssignmentError):  # which the next evaluation raises
+            self._follow_bank()
         super().train(mode)
         return self
 
@@ -224,20 +239,8 @@ class Codebook(AssignedBank):
             message += f" Of positions this head returns {shape}: output.movedim({other}, {here}) where classes moved."
         return message
 
-    def _check_values(self, given: Tensor) -> None:
-        """Raise where the head's buffers are on the device "meta" and what is given is not.
-
-        Raises:
-            AssignmentError: they are.
-        """
-        if self.assignment.is_meta and not given.is_meta:
-            raise AssignmentError(
-                "the head has no values now (device meta). Load a checkpoint; of an offloaded model, whose buffers "
-                "come back for the time of a call, use what the model returns, or offload without offload_buffers=True."
-            )
-
     def _readout(self, output: Tensor, is_embedding: bool) -> Readout:
-        self._check_values(output)
+        check_has_values(self.assignment, output)
         if not is_embedding:
             self._follow_bank()
         return Readout(
@@ -260,6 +263,9 @@ class Codebook(AssignedBank):
 
         Copies of a `state_dict` entry by entry do that. What copies or broadcasts all buffers has brought the anchors
         that belong to the rest. Waits for no device where nothing was written.
+
+        Raises:
+            AssignmentError: what was written is no assignment.
         """
         if self.anchors is None or self.anchor_inverse is None or torch.compiler.is_compiling():
             return
@@ -271,6 +277,7 @@ class Codebook(AssignedBank):
             return
         now = tuple((id(each), each._version) for each in buffers)
         if self._anchored and now[:2] != self._anchored[:2] and now[2:] == self._anchored[2:]:
+            check_assignment(self.assignment.cpu(), self.num_classes, self.bank.num_prototypes)
             self._choose_anchors()
         else:
             self._anchored = now
@@ -289,7 +296,8 @@ class Codebook(AssignedBank):
         self._follow_bank()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_anchored": ()}  # of these tensors, not of a copy's
+        # Of these tensors, not of a copy's; and a copy has no assigner.
+        return {**super().__getstate__(), "_anchored": (), "_attached": ()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Codebook":
         self._give_anchors_a_place()
@@ -307,6 +315,10 @@ class Codebook(AssignedBank):
         name = prefix + "logit_scale"
         if name in state_dict:  # assign=True takes the dtype that comes
             state_dict[name] = state_dict[name].to(self.logit_scale.dtype)
+        of_assigner = [name for name in state_dict if name.startswith(prefix + ASSIGNER)]
+        entries = {name.removeprefix(prefix + ASSIGNER): state_dict.pop(name) for name in of_assigner}
+        for assigner in self._attached if entries else ():
+            assigner.load_state_dict(entries)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _give_anchors_a_place(self) -> None:

@@ -20,7 +20,7 @@ from hyperproto.arguments import (
     share,
     whole_number,
 )
-from hyperproto.errors import ArgumentError, ShapeError
+from hyperproto.errors import ArgumentError, LabelError, ShapeError
 from hyperproto.matching.solve import AssignmentSolution, solve_assignment
 from hyperproto.separation import placed_scale
 from hyperproto.sphere import hyperspherical_energy
@@ -235,13 +235,25 @@ def batch_squared_lengths(target: Tensor, *, ignore_index: int = IGNORE_INDEX) -
     Returns:
         (B, 1) for labels, each sample's own (any number for ignored ones); (1, C) for soft targets.
 
+    Raises:
+        LabelError: neither labels nor soft targets.
+        ArgumentError: ignore_index is no whole number.
+
     Examples:
         >>> batch_squared_lengths(torch.tensor([0, 0, 1])).flatten()
         tensor([0.7500, 0.7500, 1.5000])
     """
+    target = as_tensor(target, "the target", error=LabelError)
+    ignored = whole_number(ignore_index, "ignore_index", smallest=SMALLEST_INT)
+    is_soft = target.dim() == 2 and target.is_floating_point()
+    if not is_soft and not (target.dim() == 1 and target.dtype == torch.int64):
+        raise LabelError(
+            "expected labels (B,) in torch.int64 or soft targets (B, C) in a floating dtype, got "
+            f"{tuple(target.shape)} and {target.dtype}."
+        )
     if target.dim() == 1:
         own_counts = count_own_label(target)
-        kept = target != ignore_index
+        kept = target != ignored
         # Every class present adds n_c samples of 1 / n_c each.
         num_present = (kept / own_counts).sum()
         # The floor is for a batch of ignored samples only.
@@ -268,6 +280,7 @@ def squared_class_lengths(class_counts: Tensor, num_classes: int) -> Tensor:
         >>> squared_class_lengths(torch.tensor([30, 10]), 2)
         tensor([0.6667, 2.0000])
     """
+    num_classes = whole_number(num_classes, "num_classes", smallest=1)
     counts = numbers_by_label(class_counts, "class_counts", num_classes)
     if not bool((torch.isfinite(counts) & (counts > 0)).all()):
         wrong = torch.nonzero(~(torch.isfinite(counts) & (counts > 0))).flatten()[:5].tolist()

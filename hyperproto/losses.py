@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from hyperproto.arguments import SMALLEST_INT, numbers_by_label, positive_number, share, whole_number
+from hyperproto.arguments import SMALLEST_INT, as_tensor, numbers_by_label, positive_number, share, shown, whole_number
 from hyperproto.assigner import DynamicAssigner
+from hyperproto.errors import ArgumentError, ShapeError
 from hyperproto.functional import (
     Reduction,
     batch_squared_lengths,
@@ -39,6 +40,9 @@ class PrototypeLoss(nn.Module):
         reduction: "mean", "sum" (as in the papers' code) or "none".
     """
 
+    #: For fastai: labels are whole numbers, of which MixUp weighs the losses, not the labels.
+    y_int = True
+
     def __init__(self, source: nn.Module, *, ignore_index: int = IGNORE_INDEX, reduction: Reduction = "mean") -> None:
         super().__init__()
         check_reduction(reduction)
@@ -54,7 +58,7 @@ class PrototypeLoss(nn.Module):
         """The head whose prototypes the loss pulls towards."""
         return self._heads[0]
 
-    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+    def forward(self, output: Tensor, target: Tensor, indices_tuple: object = None) -> Tensor:
         """Loss of what the model returned; feeds the assigner when training.
 
         The assigner is fed where gradients are on and both criterion and head are in train mode, so that validation
@@ -68,6 +72,7 @@ class PrototypeLoss(nn.Module):
                 (B, ..., C), or (B, C, H, W) from a head over feature maps.
             target: labels (B,) int64 or soft targets (B, C) whose rows add up to 1. Of positions labels (B, ...), and
                 soft targets with C where the output has it.
+            indices_tuple: the pairs that pytorch-metric-learning hands to every loss; of no use here.
 
         Returns:
             () or, for reduction "none", a float32 number for each sample or position, (B,) or (B, ...).
@@ -75,6 +80,11 @@ class PrototypeLoss(nn.Module):
         Raises:
             ShapeError, ArgumentError, LabelError: output or target do not fit; nothing has changed then.
         """
+        if not isinstance(indices_tuple, tuple | None):
+            raise ArgumentError(
+                "expected no third argument, or the tuple of indices that pytorch-metric-learning hands on, got "
+                f"{shown(indices_tuple)}. Weights of classes are an option, PrototypeCrossEntropyLoss(..., weight=...)."
+            )
         readout = self.head.read(output)
         checked = readout.read_target(target, ignore_index=self.ignore_index)
         self._check_total(checked)
@@ -85,6 +95,23 @@ class PrototypeLoss(nn.Module):
             else:
                 self.assigner.leave_out(criterion_trains=self.training)
         return loss.reshape(readout.shape) if self.reduction == "none" else loss
+
+    def activation(self, logits: Tensor) -> Tensor:
+        """Probabilities of logits, for fastai's `get_preds`."""
+        return self._of_all_labels(logits).softmax(dim=self.head.class_dim)
+
+    def decodes(self, logits: Tensor) -> Tensor:
+        """Labels of logits or probabilities, for fastai's `predict` and `get_preds`."""
+        return self._of_all_labels(logits).argmax(dim=self.head.class_dim)
+
+    def _of_all_labels(self, logits: object) -> Tensor:
+        values, num_classes, class_dim = as_tensor(logits, "logits"), self.head.num_classes, self.head.class_dim
+        if values.dim() < 2 or values.shape[class_dim] != num_classes or not values.is_floating_point():
+            raise ShapeError(
+                f"expected logits or probabilities of {num_classes} labels in dimension {class_dim}, in a floating "
+                f"dtype, got {tuple(values.shape)} and {values.dtype}."
+            )
+        return values
 
     def extra_repr(self) -> str:
         """What `repr` shows."""
@@ -204,16 +231,18 @@ class LongTailLoss(PrototypeLoss):
         return lengths[None] if target.kept is None else lengths.gather(0, target.places())[:, None]
 
 
-class PrototypeCrossEntropyLoss(PrototypeLoss):
+class PrototypeCrossEntropyLoss(PrototypeLoss, nn.CrossEntropyLoss):  # type: ignore[misc] # reduction is a Literal
     r"""Cross-entropy over scaled cosines with the prototypes fixed ("ETF + CE").
 
-    See `functional.prototype_cross_entropy`. Needs all C cosines: from embeddings it costs O(B C D).
+    See `functional.prototype_cross_entropy`. Needs all C cosines: from embeddings it costs O(B C D). A kind of
+    `torch.nn.CrossEntropyLoss`, by which libraries such as skorch know that probabilities are a softmax.
 
     Args:
         source: a `DynamicAssigner` (fed by the loss), a converted model, or a head.
         scale: inverse temperature s > 0 of the loss; by default that which a head on this bank starts with
             (`separation.default_logit_scale`), whatever `logit_scale` is now. Probabilities are those of the latter:
-            `fit_logit_scale` afterwards.
+            `fit_logit_scale` afterwards. The gradient grows with the scale: for SGD a learning rate of about 2 / scale
+            is a start (docs/training.md); to Adam it is all one.
         label_smoothing: in [0, 1].
         weight: (C,) weights of the labels, or a dictionary of them by label; the mean is then that of
             `torch.nn.CrossEntropyLoss`.

@@ -3,7 +3,11 @@
 Eight bits of mantissa move a cosine by 0.4 %, which is more than what separates neighbouring classes of a large
 bank, and in float16 the usual `clamp(norm, 1e-8)` is a clamp to zero.
 
-A model scripted by `torch.jit.script` is the exception: TorchScript cannot leave autocast by a context chosen at run
+How a device multiplies float32 is left to `torch.set_float32_matmul_precision` and its like: what a script sets there
+is meant for all its products, and a global setting is not a library's to change. Where TF32 is allowed, factors keep
+11 bits and a cosine is off by 2^-9 at most; "highest", torch's default, gives all of float32.
+
+A model scripted by `torch.jit.script` is an exception: TorchScript cannot leave autocast by a context chosen at run
 time. Scripted heads compute in float32 in half-precision models as others do, but under autocast their matrix
 products run in its dtype.
 """

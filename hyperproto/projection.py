@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hyperproto.arguments import as_tensor
 from hyperproto.errors import ShapeError
 from hyperproto.precision import full_precision, keeping_dtype
 
@@ -27,7 +28,7 @@ def build_projection(projection: Projection, in_features: int, dim: int, *, seed
     if projection == "none":
         return nn.Identity()
     linear = SeededLinear(in_features, dim, seed=seed)
-    layers = linear if projection == "linear" else nn.Sequential(linear, RowBatchNorm(dim, dtype=torch.float32))
+    layers = linear if projection == "linear" else RowSequential(linear, RowBatchNorm(dim, dtype=torch.float32))
     for layer in layers.modules():
         # transformers' `init_weights` would draw them from the global generator: heads see to their start themselves.
         setattr(layer, LOADED, True)
@@ -47,7 +48,7 @@ def seed_of_projection(seed: int) -> int:
 
 def has_layers(projection: nn.Module) -> bool:
     """Whether a projection does anything: it is not that of `projection="none"`."""
-    return not isinstance(projection, nn.Identity)
+    return type(projection).forward is not nn.Identity.forward
 
 
 def fresh_length(dim: int) -> float:
@@ -86,13 +87,39 @@ class SeededLinear(nn.Linear):
         return _linear(input, self.weight, self.bias)
 
 
+class RowSequential(nn.Sequential):
+    """Layers over rows (N, features), also where a batch norm of maps comes in the place of one of rows.
+
+    Code that splits, freezes or synchronises batch norms knows those of images alone, and puts its own in for any.
+
+    Examples:
+        >>> RowSequential(nn.Linear(4, 3), nn.BatchNorm2d(3))(torch.ones(2, 4)).shape
+        torch.Size([2, 3])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, in_features) -> (N, D)."""
+        for layer in self:
+            if torch.jit.is_scripting():
+                input = layer(input)
+            else:
+                input = layer(input[:, :, None, None]).flatten(1) if _takes_maps(layer) else layer(input)
+        return input
+
+
+def _takes_maps(layer: nn.Module) -> bool:
+    # torchvision's and timm's frozen ones are no batch norm of torch's.
+    return isinstance(layer, nn.BatchNorm2d) or type(layer).__name__.startswith("FrozenBatchNorm")
+
+
 class RowBatchNorm(nn.BatchNorm1d):
     """Batch norm in float32, whatever the model's dtype.
 
     A batch of fewer than two rows has no variance: the running statistics serve it, as in eval mode, where
     `nn.BatchNorm1d` raises. A batch with infinity or NaN leaves the running statistics as they were. With
     `track_running_stats` switched off they stay as they are in train mode, and where there are none the batch's serve
-    in eval mode too, both as in `nn.BatchNorm1d`.
+    in eval mode too, both as in `nn.BatchNorm1d`. What `convert_sync_batchnorm` puts in its place is torch's own, in
+    which a batch with infinity leaves its trace, as it does in every other batch norm of the model.
 
     Examples:
         >>> RowBatchNorm(3)(torch.ones(1, 3)).shape
@@ -138,14 +165,17 @@ def be_leaf_(module: nn.Module) -> None:
 
 
 def check_features(features: Tensor, in_features: int) -> None:
-    """Raise unless the last dimension of `features` is `in_features` wide.
+    """Raise unless `features` are dense floating-point rows of width `in_features`.
 
     Raises:
-        ShapeError: it is not.
+        ShapeError: they are not.
     """
     # A shape is a tensor there, and a look at its value would end in a warning.
     if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
         return
+    features = as_tensor(features, f"features of shape (B, ..., {in_features})")
+    if not features.is_floating_point():
+        raise ShapeError(f"HypersphericalHead expects features in a floating dtype, got {features.dtype}.")
     if features.dim() < 2 or features.shape[-1] != in_features:
         raise ShapeError(
             f"HypersphericalHead expects features of shape (B, ..., {in_features}), got {tuple(features.shape)}. "

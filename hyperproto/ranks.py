@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hyperproto.arguments import shown
 from hyperproto.errors import ArgumentError, AssignmentError, HyperprotoError, RankError, ShapeError
 
 #: The ranks that share out the data.
@@ -43,9 +44,18 @@ def check_member(process_group: ProcessGroup | None) -> None:
     """Raise unless this rank belongs to the process group.
 
     Raises:
-        ArgumentError: it does not.
+        ArgumentError: it does not, or it is no process group.
     """
-    if process_group is not None and dist.get_rank(process_group) < 0:
+    if process_group is None:
+        return
+    # What torch.distributed.new_group gives to ranks that are not in the group is a number.
+    no_member: object = dist.GroupMember.NON_GROUP_MEMBER
+    if process_group is not no_member and not isinstance(process_group, dist.ProcessGroup):
+        raise ArgumentError(
+            f"expected process_group to be None or a group of ranks, got {shown(process_group)}. See "
+            "torch.distributed.new_group."
+        )
+    if dist.get_rank(process_group) < 0:
         raise ArgumentError(
             f"expected a process group that rank {dist.get_rank()} belongs to, got one of other ranks. "
             "Every rank needs the group that it shares out its data with: see torch.distributed.new_subgroups."

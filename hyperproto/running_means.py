@@ -84,7 +84,8 @@ class RunningMeans(nn.Module):
         process_group: ProcessGroup | None,
     ) -> None:
         super().__init__()
-        self.momentum = momentum
+        self.momentum = _old_weight(momentum)  # before nn.Module sees it, which would make a module a submodule
+        check_member(process_group)
         self.process_group = process_group
         self.num_classes = num_classes
         self.dim = dim
@@ -121,8 +122,7 @@ class RunningMeans(nn.Module):
 
     @momentum.setter
     def momentum(self, momentum: float | None) -> None:
-        if momentum is not None:
-            momentum = share(momentum, "momentum, the weight of the old mean,", below_one=True)
+        momentum = _old_weight(momentum)
         if hasattr(self, "class_sums") and (momentum is None) != (self.class_sums is not None):
             raise ArgumentError(
                 f"an assigner with momentum={self._momentum} keeps other sums than one with momentum={momentum}: "
@@ -287,3 +287,7 @@ def _values_lost(before: Tensor, after: Tensor) -> bool:
         return True
     before, after = before.cpu(), after.cpu()
     return not bool(((before == after) | (before.isnan() & after.isnan())).all())
+
+
+def _old_weight(momentum: object) -> float | None:
+    return None if momentum is None else share(momentum, "momentum, the weight of the old mean,", below_one=True)

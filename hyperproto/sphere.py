@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hyperproto.arguments import matrix, not_negative
+from hyperproto.arguments import flag, matrix, not_negative
 from hyperproto.errors import ArgumentError
 from hyperproto.precision import full_precision
 
@@ -118,7 +118,7 @@ def hyperspherical_energy(weight: Tensor, *, power: float, half_space: bool = Fa
     """
     weight, power = matrix(weight, "a weight of shape (P, D)", smallest=(0, 1)), not_negative(power, "power")
     points = normalise(weight)
-    if half_space:
+    if flag(half_space, "half_space"):
         points = torch.cat([points, -points])
     with full_precision(points.device):
         squared_distances = 2.0 - 2.0 * (points @ points.T)  # (P, P), (2P, 2P) in half space

@@ -66,8 +66,9 @@ def read_target(
     Raises:
         LabelError: also where a tensor is on another device than the output.
     """
-    if not isinstance(target, Tensor):
-        target = as_tensor(target, "the target", error=LabelError).to(device)
+    given, target = target, as_tensor(target, "the target", error=LabelError)
+    if target is not given:
+        target = target.to(device)
         if target.dim() == len(shape) and not (target.is_floating_point() or target.dtype == torch.bool):
             target = target.long()
     if len(shape) > 1:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from hyperproto import ArgumentError, HypersphericalHead, convert_model, describe, fit_head, to_linear
 from hyperproto.affine import affine, affine_state, known_layers, set_affine_
@@ -60,6 +60,53 @@ def pruned() -> nn.Linear:
     return layer
 
 
+class Residual(nn.Sequential):
+    """A sequence with a `forward` of its own."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return super().forward(rows) + 3.0 * rows[:, :DIM]
+
+
+class Flipped(nn.Identity):
+    """Not what its base class is."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return -rows[:, :DIM]
+
+
+class Doubled(nn.Module):
+    def forward(self, value: Tensor) -> Tensor:
+        return 2.0 * value
+
+
+def changed(name: str, how: Callable[[nn.Module, str], object]) -> nn.Module:
+    """Linear map with bias, and batch norm, of which one entry is changed."""
+    projection = nn.Sequential(linear(bias=True), nn.BatchNorm1d(DIM))
+    path, _, entry = name.rpartition(".")
+    how(projection.get_submodule(path), entry)
+    return projection
+
+
+def hooked(kind: str) -> nn.Module:
+    layer = linear()
+    if kind == "forward":
+        layer.register_forward_hook(lambda module, inputs, output: output.flip(1) + 1.0)
+    elif kind == "pre":
+        layer.register_forward_pre_hook(lambda module, inputs: (inputs[0].flip(1),))
+    else:
+        original = layer.forward
+        layer.forward = lambda rows: original(rows).flip(1)
+    return nn.Sequential(layer, nn.BatchNorm1d(DIM))
+
+
+def double(layer: nn.Module, entry: str) -> None:
+    parametrize.register_parametrization(layer, entry, Doubled())
+
+
+def prune_half(layer: nn.Module, entry: str) -> None:
+    prune.random_unstructured(layer, entry, amount=0.5)
+
+
 #: Projections that can be read and written.
 KNOWN: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: build_projection("linear", FEATURES, DIM, seed=0),
@@ -78,6 +125,21 @@ ASKED: dict[str, Callable[[], nn.Module]] = {
     "batch norm first": lambda: nn.Sequential(nn.BatchNorm1d(FEATURES), linear()),
     "dropout": lambda: nn.Sequential(nn.Dropout(0.5), linear()),
     "two layers": lambda: nn.Sequential(nn.Linear(FEATURES, 3), nn.Linear(3, DIM)),
+    "batch norm without bias": lambda: changed("1.bias", lambda layer, entry: layer.register_parameter(entry, None)),
+    "sequence in a sequence": lambda: nn.Sequential(nn.Sequential(linear(), nn.BatchNorm1d(DIM))),
+    "sequence of its own": lambda: Residual(linear(), nn.BatchNorm1d(DIM)),
+    "identity of its own": Flipped,
+    "forward hook": lambda: hooked("forward"),
+    "forward pre-hook": lambda: hooked("pre"),
+    "forward of an instance": lambda: hooked("instance"),
+    "bias parametrised": lambda: changed("0.bias", double),
+    "bias pruned": lambda: changed("0.bias", prune_half),
+    "gain parametrised": lambda: changed("1.weight", double),
+    "gain pruned": lambda: changed("1.weight", prune_half),
+    "shift parametrised": lambda: changed("1.bias", double),
+    "shift pruned": lambda: changed("1.bias", prune_half),
+    "older spectral norm": lambda: nn.Sequential(nn.utils.spectral_norm(linear()), nn.BatchNorm1d(DIM)),
+    "orthogonal": lambda: parametrizations.orthogonal(linear()),
 }
 #: Projections that are not affine in eval mode.
 REFUSED: dict[str, Callable[[], nn.Module]] = {
@@ -95,6 +157,16 @@ def test_what_is_read_is_what_forward_computes(kind):
     assert matrix.dtype == shift.dtype == torch.float64
     rows = 5.0 * torch.randn(33, FEATURES)
     torch.testing.assert_close((rows.double() @ matrix.T + shift).float(), projection(rows), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["adapter", "two layers"])
+def test_a_projection_is_asked_in_its_own_dtype(kind, dtype):
+    projection = with_statistics(ASKED[kind]()).to(dtype)
+    matrix, shift = affine(projection, FEATURES)
+    rows = torch.randn(33, FEATURES, dtype=dtype)
+    found, expected = rows.double() @ matrix.T + shift, projection(rows).double()
+    torch.testing.assert_close(found, expected, atol=100 * torch.finfo(dtype).eps, rtol=30 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -215,6 +287,30 @@ def test_fits_and_warm_starts_refuse_before_anything_changes(kind):
         warm_start_(head, nn.Linear(FEATURES, 6))
     assert not seen, "the data were read before the projection was looked at"
     assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
+
+
+def test_an_empty_sequence_is_no_projection_that_can_be_set():
+    head = HypersphericalHead(DIM, 6, dim=DIM)
+    head.projection = nn.Sequential()
+    matrix, shift = affine(head.projection, DIM)
+    assert torch.equal(matrix, torch.eye(DIM, dtype=torch.float64))
+    assert not shift.any()
+    with pytest.raises(ArgumentError, match="can be set"):
+        warm_start_(head, nn.Linear(DIM, 6))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "change", [nn.utils.weight_norm, lambda layer: prune_half(layer, "weight")], ids=["norm", "prune"]
+)
+def test_folding_right_after_loading_what_the_next_forward_pass_would_compute(change):
+    models = [model_with(nn.Sequential(linear(), nn.BatchNorm1d(DIM))) for _ in range(2)]
+    for model in models:
+        change(model[0].projection[0])
+    source, target = (with_statistics(model) for model in models)
+    rows = torch.randn(200, FEATURES)
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(to_linear(target)(rows).argmax(dim=1), source(rows).argmax(dim=1))
 
 
 def test_describe_names_the_layers_of_another_projection():

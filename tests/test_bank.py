@@ -60,7 +60,7 @@ def test_energy_options_reach_the_construction():
         ({"method": "given"}, "from_tensor"),
         ({"power": 1}, 'options of method="energy"'),
         ({"method": "uniform", "half_space": True}, 'options of method="energy"'),
-        ({"method": "energy", "power": 3}, "0, 1 or 2, got 3"),
+        ({"method": "energy", "power": 3}, r"in \[0, 2\], got power=3"),
         ({"num_prototypes": 1}, "at least 2 prototypes, got 1"),
         ({"dim": 1}, "dim=1.*two directions"),
         ({"num_prototypes": 20, "method": "simplex"}, 'method="auto"'),
@@ -153,6 +153,16 @@ def test_no_bank_beats_the_bound(num, dim):
 @pytest.mark.filterwarnings("ignore:2 prototypes of 3 equal others:hyperproto.HyperprotoWarning")
 def test_coincident_prototypes_report_an_angle_of_zero():
     assert PrototypeBank.from_tensor(torch.ones(3, 3)).report().min_angle_deg == pytest.approx(0, abs=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:1 prototypes of 2 equal others:hyperproto.HyperprotoWarning")
+@given(seed=st.integers(0, 2**32 - 1), dim=st.integers(2, 40))
+def test_rounding_takes_no_cosine_out_of_range(seed, dim):
+    row = torch.randn(dim, generator=torch.Generator().manual_seed(seed))
+    for other, angle in ((row, 0.0), (-row, 180.0)):
+        report = PrototypeBank.from_tensor(torch.stack([row, other])).report()
+        assert -1.0 <= report.max_cosine <= 1.0
+        assert report.min_angle_deg == pytest.approx(angle, abs=0.1)
 
 
 # From class vectors

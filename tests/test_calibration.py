@@ -187,7 +187,7 @@ def test_memory_does_not_grow_with_the_samples():
     held = []
 
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for _ in range(20):
+        for _ in range(6):
             gc.collect()
             # Cosines that are kept from one batch to the next.
             held.append(

@@ -299,7 +299,13 @@ OBJECTIVES = {
 }
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+@pytest.mark.parametrize(
+    "objective",
+    [
+        pytest.param(objective, id=name, marks=[] if name == "hpn" else pytest.mark.slow)
+        for name, objective in OBJECTIVES.items()
+    ],
+)
 def test_the_number_of_threads_changes_no_bit(objective, request):
     request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
     start = CONSTRUCTIONS["random"](777, 67, generator()).double()

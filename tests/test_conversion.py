@@ -9,6 +9,7 @@ import torch
 import torchvision
 from compatible import needs, needs_model
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from hyperproto import (
     AlreadyConvertedError,
@@ -249,3 +250,24 @@ def test_folding_keeps_a_synchronised_batch_norm():
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model).eval()
     expected = model(features).argmax(dim=1)
     assert torch.equal(to_linear(model)(features).argmax(dim=1), expected)
+
+
+CHANGED = {
+    "pruned": lambda model: prune.l1_unstructured(model[0], "weight", amount=0.5),
+    "parametrised": lambda model: parametrizations.weight_norm(model[0]),
+    "replaced": lambda model: model.__setitem__(0, nn.Linear(7, 16, dtype=torch.float16)),
+    "taken out": lambda model: model.__setitem__(0, nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+@pytest.mark.parametrize("undo", [to_linear, restore_model])
+def test_what_comes_back_has_the_models_dtype_whatever_became_of_its_other_layers(undo, change):
+    model = nn.Sequential(nn.Linear(7, 16), nn.ReLU(), nn.Linear(16, 6))
+    convert_model(model, classifier="2", projection="none").half().eval()
+    CHANGED[change](model)
+    # torch copies no weight that a forward pass has computed.
+    for each in (model,) if change == "pruned" else (copy.deepcopy(model), model):
+        undo(each)
+        # Where nothing tells, in float32 as the head is.
+        assert each[2].weight.dtype == (torch.float32 if change == "taken out" else torch.float16)

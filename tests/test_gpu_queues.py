@@ -43,12 +43,13 @@ def test_the_published_cell_is_trained_three_times_and_ends_in_six_ways():
     assert [len(group) for group in groups] == [1, 1, 4]
 
 
-def test_dry_run(capsys):
+@pytest.mark.parametrize("queues", [[*gpu.QUEUES][:1], pytest.param([*gpu.QUEUES], marks=pytest.mark.slow)])
+def test_dry_run(capsys, queues):
     before = torch.get_num_threads(), torch.backends.cudnn.benchmark
-    gpu.main([*gpu.QUEUES, "--dry-run"])
+    gpu.main([*queues, "--dry-run"])
     lines = capsys.readouterr().out.splitlines()
     shown = [line.rsplit(": ", 1)[0] for line in lines]
-    wanted = {f"{queue}: {method}" for queue in gpu.QUEUES for method, _ in gpu.QUEUES[queue]()}
+    wanted = {f"{queue}: {method}" for queue in queues for method, _ in gpu.QUEUES[queue]()}
     assert set(shown) == wanted
     assert (torch.get_num_threads(), torch.backends.cudnn.benchmark) == before
 

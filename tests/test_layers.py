@@ -47,12 +47,14 @@ LAYERS = [
     "assignment_step",
     "oversights",
     "running_means",
+    "attachment",
     "assigner",
     "losses",
     "conversion",
     "fitting",
     "pretrained",
     "testing",
+    "timm",
 ]
 
 #: The same inside of folders.
@@ -114,6 +116,7 @@ INNER_LAYERS = {
         "properties",
         "loss_checks",
     ],
+    "timm": ["clipping", "names", "__main__"],
 }
 
 #: Longest file, in lines.

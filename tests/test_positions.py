@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from losses import LOSSES as ALL
 from torch import nn
@@ -67,6 +67,7 @@ def make_target(layout: str, generator: torch.Generator, kind: str, batch: int =
 @every_output
 @every_layout
 @every_loss
+@settings(max_examples=25)
 @given(seed=SEEDS, kind=st.sampled_from(["labels", "ignoring", "soft"]), batch=st.integers(0, 3),
        reduction=st.sampled_from(["mean", "sum", "none"]))  # fmt: skip
 def test_positions_are_samples(make_loss, layout, training_output, seed, kind, batch, reduction):

@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from averages import NEWEST, RAISES
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from hyperproto import (
+    AssignmentError,
     BalancedLoss,
     DynamicAssigner,
     HeadNotFoundError,
@@ -36,6 +38,11 @@ from hyperproto.testing import check_assignment, check_bank
 NUM_CLASSES, WIDTH = 6, 7
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LOSSES = [BalancedLoss, LongTailLoss, PrototypeCrossEntropyLoss]
+RAISING = [
+    RAISES[name]
+    for name in ("over buffers, 0.9", "over buffers, mean", "ModelEmaV2, 0.9", "floats, 0.5", "all entries")
+]
+AVERAGES = [NEWEST["ModelEmaV3"], NEWEST["AveragedModel"], *RAISING]
 
 
 @dataclass
@@ -116,6 +123,8 @@ class Soak:
         self.criterion = choose(LOSSES)(self.assigner)
         self.expected = Expected(momentum, dim)
         self.saved: tuple[bytes, Expected] | None = None
+        self.averaged: nn.Module | None = None
+        self.in_average: list[int] = []
 
     def restore_and_convert(self) -> None:
         assigner, output = self.assigner, torch.zeros(1, NUM_CLASSES)
@@ -197,6 +206,51 @@ class Soak:
         self.assigner.forget(labels)
         self.expected.forget(labels)
 
+    def write_by_hand(self) -> None:
+        order, valid = self.random.sample(range(len(self.prototypes)), NUM_CLASSES), self.random.random() < 0.8
+        if not valid:
+            order[self.random.randrange(NUM_CLASSES)] = self.random.choice([order[0], order[1], -1, 99])
+            valid = sorted(set(order)) == sorted(order) and set(order) <= set(range(len(self.prototypes)))
+        way, values = self.random.choice(["copy_", "data", "setattr", "state_dict"]), torch.tensor(order)
+        self.log[-1] += f": {way}, {'right' if valid else 'wrong'}"
+        if way == "setattr":
+            self.head.assignment = values
+        elif way == "copy_":
+            self.head.assignment.copy_(values)
+        elif way == "data":
+            self.head.assignment.data.copy_(values)
+        else:
+            self.model.state_dict()["2.assignment"].copy_(values)
+        if not valid:
+            with pytest.raises(AssignmentError):
+                self.model.eval()(self.batch().to(self.model[0].weight.dtype))
+            self.head.assign_(torch.tensor(self.expected.assignment))
+            return
+        self.expected.assignment = order
+        if way != "data":  # which leaves no trace before the next evaluation
+            self.random.choice([self.update, self.step, self.save])()
+
+    def average(self) -> None:
+        """Over one assignment an average has that one, over several the newest, or raises until it is given it."""
+        if self.averaged is None:
+            self.way = self.random.choice(AVERAGES)
+            self.averaged, self.in_average = self.way(self.model), self.expected.assignment
+        for _ in range(self.random.choice([1, 1, 2, 5])):
+            self.averaged.update_parameters(self.model)
+        newest, averaged = self.expected.assignment, self.averaged.eval().module
+        batch = self.batch().to(self.model[0].weight.dtype)
+        self.log[-1] += f": {AVERAGES.index(self.way)}"
+        if self.way in RAISING and self.in_average != newest:
+            with pytest.raises(AssignmentError, match=r"average over different|no whole numbers"):
+                averaged(batch)
+            averaged[2].assign_(torch.tensor(newest))  # as the message says
+        logits = averaged(batch)
+        assert averaged[2].assignment.tolist() == newest
+        limit = float(averaged[2].logit_scale)
+        cosines = averaged[2].embed(averaged[:2](batch)) @ self.prototypes[newest].T
+        torch.testing.assert_close(logits, limit * cosines, atol=1e-4 * limit, rtol=0)
+        self.in_average = newest
+
     def save(self) -> None:
         buffer = io.BytesIO()
         torch.save({"model": self.model.state_dict(), "assigner": self.assigner.state_dict()}, buffer)
@@ -205,13 +259,16 @@ class Soak:
     def load(self) -> None:
         if self.saved is None:
             return
-        state = torch.load(io.BytesIO(self.saved[0]), weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.assigner.load_state_dict(state["assigner"])
+        state, assign = torch.load(io.BytesIO(self.saved[0]), weights_only=True), self.random.random() < 0.3
+        self.model.load_state_dict(state["model"], assign=assign)
+        self.assigner.load_state_dict(state["assigner"], assign=assign)
         self.expected = copy.deepcopy(self.saved[1])
+        if assign:  # the dtype that was saved
+            self.averaged = None
 
     def change_dtype(self) -> None:
         self.model.to(self.random.choice(DTYPES))
+        self.averaged = None  # of the dtype before
 
     def move(self) -> None:
         away = copy.deepcopy(self.model).to("meta")
@@ -254,6 +311,7 @@ class Soak:
             "checkpoint of later format": lambda: self.model.load_state_dict(
                 state | {"2.format_version": torch.tensor(99)}
             ),
+            "checkpoint of no scale": lambda: self.model.load_state_dict(state | {"2.logit_scale": torch.tensor(0.0)}),
             "checkpoint of long prototypes": lambda: self.model.load_state_dict(
                 state | {"2.bank.prototypes": 2 * self.prototypes}
             ),
@@ -329,6 +387,8 @@ OPERATIONS = {
     Soak.freeze: 1,
     Soak.unfreeze: 2,
     Soak.forget: 1,
+    Soak.write_by_hand: 1,
+    Soak.average: 3,
     Soak.save: 2,
     Soak.load: 2,
     Soak.change_dtype: 2,

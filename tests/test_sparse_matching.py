@@ -280,7 +280,10 @@ def test_rounds_that_do_not_close_fall_back_to_dense_or_say_what_it_needs(monkey
     monkeypatch.setattr(hyperproto.matching.solve, "solve_sparse", never_closes)
     solution = solve_assignment(means, prototypes, method="sparse")
     assert (solution.method, solution.optimal) == ("dense", True)
-    monkeypatch.setattr(hyperproto.matching.solve, "DENSE_BYTES", 10**6)
+    needed = 3 * 8 * 300 * 300
+    monkeypatch.setattr(hyperproto.matching.solve, "DENSE_BYTES", needed)
+    assert solve_assignment(means, prototypes, method="sparse").method == "dense"
+    monkeypatch.setattr(hyperproto.matching.solve, "DENSE_BYTES", needed - 1)
     with pytest.raises(AssignmentError, match=r'300 labels.*method="dense".*0\.0 GiB'):
         solve_assignment(means, prototypes, method="sparse")
 

@@ -94,7 +94,7 @@ BUILDS = {
 }
 
 
-@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize("name", ["sequential", "timm", pytest.param("fuse", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "copier", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
 )

@@ -267,7 +267,13 @@ def test_an_assigner_is_not_fed_within_torch_func():
 
 
 @every_output
-@every_loss
+@pytest.mark.parametrize(
+    "make_loss",
+    [
+        pytest.param(make, id=name, marks=[] if name in ("balanced", "cross-entropy, weighed") else pytest.mark.slow)
+        for name, make in LOSSES.items()
+    ],
+)
 def test_a_step_with_ignored_samples_is_one_graph(make_loss, training_output):
     torch.compiler.reset()
     assigner, other = (DynamicAssigner(make_head(training_output)) for _ in range(2))

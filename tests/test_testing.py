@@ -43,15 +43,16 @@ def make_head(training_output: str = "logits", dim: int = 4) -> HypersphericalHe
 
 
 @pytest.mark.filterwarnings("ignore:training_output:hyperproto.HyperprotoWarning")
-@pytest.mark.parametrize("dim", [4, 6])
+@pytest.mark.parametrize(("reduction", "dim"), [("mean", 4), ("sum", 4), ("none", 4), ("mean", 6)])
 @pytest.mark.parametrize("training_output", ["logits", "embedding"])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_every_loss_of_the_library_passes(name, reduction, training_output, dim):
-    check_loss(LOSSES[name](DynamicAssigner(make_head(training_output, dim)), reduction=reduction))
+def test_every_loss_of_the_library_passes(name, training_output, reduction, dim):
+    assigner = DynamicAssigner(make_head(training_output, dim))
+    check_loss(LOSSES[name](assigner, reduction=reduction))
+    assert not assigner.class_counts.any()
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(head=heads())
 def test_losses_pass_on_every_head(head):
     check_bank(head.bank)

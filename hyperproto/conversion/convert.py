@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hyperproto.arguments import seed_number, whole_number
+from hyperproto.arguments import flag, seed_number, shown, whole_number
 from hyperproto.bank import PrototypeBank
 from hyperproto.class_names import check_number_of_names, read_class_names
 from hyperproto.codebook import TrainingOutput
@@ -36,8 +36,10 @@ from hyperproto.conversion.structures import (
     drop_token_head,
     keep_unfused,
     move_behind_pooling,
+    name_architecture,
     resize_auxiliary,
     set_num_classes,
+    set_num_labels,
 )
 from hyperproto.conversion.warm_start import warm_start_
 from hyperproto.errors import AlreadyConvertedError, ArgumentError
@@ -174,6 +176,9 @@ def _convert(
     task: Task | None = None,
 ) -> None:
     others = get_heads(model)
+    if classifier is not None and not isinstance(classifier, str):
+        raise ArgumentError(f"expected classifier to be the dotted name of a layer, got {shown(classifier)}.")
+    warm_start = flag(warm_start, "warm_start")
     _check_no_head_at(model, others, classifier)
     check_unwrapped(model)
     dim = None if dim is None else whole_number(dim, "dim")
@@ -206,7 +211,10 @@ def _convert(
             for name, head in zip(record.leaves, heads.values(), strict=True):
                 head.load_state_dict(task.own_entries(name), strict=False)
         if not others:
-            set_num_classes(model, list(record.leaves), next(iter(heads.values())).num_classes)
+            count = next(iter(heads.values())).num_classes
+            set_num_classes(model, list(record.leaves), count)
+            set_num_labels(model, count)
+            name_architecture(model)
         check_reach(model, dict(zip(record.leaves, heads.values(), strict=True)), found=found)
         record.num_parameters_after = count_parameters(model)
         record.changes = before.changes()

@@ -7,6 +7,7 @@ import math
 from torch import nn
 
 from hyperproto.affine import known_layers
+from hyperproto.arguments import module
 from hyperproto.bank import PrototypeBank
 from hyperproto.conversion.locate import Leaf, num_inputs, num_outputs
 from hyperproto.conversion.record import RECORD, Conversion, count_parameters
@@ -47,6 +48,8 @@ def describe(model: nn.Module, criterion: nn.Module | None = None) -> str:
           parameters: 68 before, 36 after
     """
     heads = get_heads(model)
+    if criterion is not None:
+        module(criterion, "criterion")
     if not heads:
         require_heads(model)
     first = next(iter(heads.values()))

@@ -9,6 +9,7 @@ from hyperproto.affine import affine, typical_length
 from hyperproto.conversion.channels import ChannelsFirstHead
 from hyperproto.conversion.locate import Leaf, put_in_place
 from hyperproto.conversion.record import RECORD, get_record
+from hyperproto.conversion.structures import CONFIGURATIONS
 from hyperproto.errors import ArgumentError
 from hyperproto.head import HypersphericalHead
 from hyperproto.heads import get_heads
@@ -61,7 +62,7 @@ def to_linear(model: nn.Module) -> nn.Module:
     layer = _fold(head, record.witness(head))
     # Guards on the model and around the head go; what a plain layer needs as well stays.
     for change in record.changes:
-        if change.table == "" and change.key in ("fuse", "reset_classifier"):
+        if change.table == "" and change.key in ("fuse", "reset_classifier", *CONFIGURATIONS):
             change.undo()
     if record.load_check is not None:
         record.load_check.remove()

@@ -78,7 +78,7 @@ class Task:
         """Assignment and scale of the head of that name, by the names that a head has for them."""
         start = f"{name}."
         entries = {key.removeprefix(start): value for key, value in self.state.items() if key.startswith(start)}
-        return {key: value for key, value in entries.items() if not key.startswith(("bank.", "projection."))}
+        return {key: value for key, value in entries.items() if "." not in key}
 
     def check_names(self, names: list[str]) -> None:
         """Raise unless the heads are where the stored ones were.

@@ -29,7 +29,7 @@ def guard_loading(model: nn.Module) -> RemovableHandle:
 def _check_parts(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
     for name, head in get_heads(model).items():
         head.check_checkpoint(state_dict, f"{prefix}{name}.")
-    root, whole = loading_under_way()
-    for name, module in root.named_modules(remove_duplicate=False) if root else ():
+    root, whole = loading_under_way() or (model, state_dict)
+    for name, module in root.named_modules(remove_duplicate=False):
         if isinstance(module, RunningMeans):
             module.check_checkpoint(whole, f"{name}.")

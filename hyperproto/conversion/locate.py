@@ -39,6 +39,9 @@ TORCHVISION_CLASSIFIERS = {
     "VisionTransformer": "heads.head",
 }
 
+#: What the image classifiers of transformers call their last layers that do not call them classifiers.
+TRANSFORMERS_HEADS = ("head", "dist_head", "fc", "score")
+
 #: Classes of torch that wrap a model, and what makes them.
 WRAPPERS = {
     "DataParallel": "DataParallel",
@@ -106,7 +109,9 @@ def known_names(model: Any) -> list[str]:
     for base in type(model).__mro__:
         if base.__module__.startswith("torchvision.models") and base.__name__ in TORCHVISION_CLASSIFIERS:
             return [TORCHVISION_CLASSIFIERS[base.__name__]]
-    return []
+        if "ForImageClassification" in base.__name__ and hasattr(getattr(model, "config", None), "num_labels"):
+            return _transformers_names(model)
+    return _names_behind_a_body(model)
 
 
 def num_outputs(leaf: Leaf) -> int:
@@ -168,6 +173,33 @@ def _timm_names(model: Any) -> list[str]:
             if isinstance(leaf, Leaf) and is_leaf(leaf) and num_outputs(leaf) == getattr(model, "num_classes", None):
                 names.append(f"{own}.{inner}")
     return names
+
+
+def _transformers_names(model: Any) -> list[str]:
+    """The last layer of each part of a transformers model that is called a classifier or a head."""
+    if hasattr(model, "timm_model"):
+        return [f"timm_model.{name}" for name in known_names(model.timm_model)]
+    found = []
+    for name, part in model.named_children():
+        if "classifier" in name or name in TRANSFORMERS_HEADS:
+            found += _leaf_names(name, part)[-1:]
+    return found
+
+
+def _names_behind_a_body(model: Any) -> list[str]:
+    """The classifier of a timm model in open_clip's wrapper, and that of fastai's pairs of body and head."""
+    if type(model).__name__ == "TimmModel" and hasattr(model, "trunk"):
+        own = _leaf_names("head", model.head)[-1:] if isinstance(getattr(model, "head", None), nn.Module) else []
+        return own or [f"trunk.{name}" for name in known_names(model.trunk)]
+    of_fastai = any(type(part).__module__.startswith("fastai.") for part in model.modules())
+    if type(model) is nn.Sequential and len(model) == 2 and of_fastai:
+        return _leaf_names("1", model[1])[-1:]
+    return []
+
+
+def _leaf_names(name: str, module: nn.Module) -> list[str]:
+    """Names of the leaves in a module of that name."""
+    return [f"{name}.{inner}".rstrip(".") for inner, leaf in module.named_modules() if is_leaf(leaf)]
 
 
 def _flatten(classifier: Any) -> Iterator[nn.Module]:

@@ -32,7 +32,7 @@ HARMLESS = (
 )
 
 #: Packages whose model classes return what their classifier does.
-LIBRARIES = ("timm", "torchvision")
+LIBRARIES = ("timm", "torchvision", "transformers")
 
 #: What a forward pass may raise on an input that was guessed.
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ArithmeticError)

@@ -71,7 +71,8 @@ class Conversion:
         requires_grad: parameters (module, name) whose flag was changed, and what it was.
         dropped: layers taken out without a head in their place, by dotted name.
         notes: what was done beyond replacing the layers, one sentence each.
-        reference: a parameter (module, name) of the leaves' dtype, which tells where the model has moved.
+        reference: a parameter of the leaves' dtype, by the model and its dotted name, which tells where the model has
+            moved, also where another layer has come in its place or something computes it.
         load_check: takes the check of checkpoints off the model.
     """
 
@@ -108,7 +109,12 @@ class Conversion:
         """A tensor whose device and dtype tell where a layer belongs that comes in the place of another."""
         for parameter in () if replacement is None else replacement.parameters():
             return parameter
-        return None if self.reference is None else self.reference[0]().get_parameter(self.reference[1])
+        if self.reference is None:
+            return None
+        found: Any = self.reference[0]()
+        for part in self.reference[1].split("."):
+            found = getattr(found, part, None)
+        return found if isinstance(found, Tensor) else None
 
     def _bring_up_to_date(self, layer: nn.Module, replacement: nn.Module | None, parent: nn.Module) -> None:
         witness = self.witness(replacement)
@@ -192,10 +198,9 @@ def find_reference(model: nn.Module, leaves: dict[str, Leaf]) -> tuple[ModuleRef
     """A parameter outside the leaves that has their dtype, if there is one."""
     own = {id(parameter) for leaf in leaves.values() for parameter in leaf.parameters()}
     dtypes = {parameter.dtype for leaf in leaves.values() for parameter in leaf.parameters()}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in own and parameter.dtype in dtypes and torch.is_floating_point(parameter):
-                return ModuleRef(module), name
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in own and parameter.dtype in dtypes and torch.is_floating_point(parameter):
+            return ModuleRef(model), name
     return None
 
 

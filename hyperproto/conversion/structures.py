@@ -7,6 +7,8 @@ output is a convex combination of cosines times the scale, whatever its structur
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -16,6 +18,12 @@ from torch import nn
 from hyperproto.conversion.locate import Leaf, num_outputs
 from hyperproto.errors import HeadNotFoundError
 from hyperproto.module_ref import ModuleRef
+
+#: Before the name of a timm architecture, that of its converted models.
+CONVERTED = "hp_"
+
+#: The names by which a timm model has its configuration.
+CONFIGURATIONS = ("pretrained_cfg", "default_cfg")
 
 #: Classifiers beside the main one, with a loss of their own, by model class; only the number of classes matters.
 AUXILIARY_CLASSIFIERS = {
@@ -120,6 +128,31 @@ def set_num_classes(model: nn.Module, names: list[str], num_classes: int) -> Non
         module: Any = model.get_submodule(path)
         if isinstance(module.__dict__.get("num_classes"), int):
             module.num_classes = num_classes
+
+
+def set_num_labels(model: Any, num_classes: int) -> None:
+    """Let a configuration that counts labels, as models of transformers have one, count those of the head.
+
+    In a copy: the configuration may be somebody else's too.
+    """
+    config = model.__dict__.get("config")
+    if getattr(config, "num_labels", num_classes) != num_classes:
+        model.config = copy.copy(config)
+        model.config.num_labels = num_classes
+    if isinstance(model.__dict__.get("num_labels"), int):
+        model.num_labels = num_classes
+
+
+def name_architecture(model: Any) -> None:
+    """Let the configuration of a timm model name the architecture that has the head; see `hyperproto.timm`."""
+    config = model.__dict__.get("pretrained_cfg")
+    name = config.get("architecture") if isinstance(config, Mapping) else None
+    if not name or not hasattr(model, "get_classifier"):
+        return
+    renamed = {**config, "architecture": CONVERTED + name.removeprefix(CONVERTED)}
+    for key in CONFIGURATIONS:
+        if model.__dict__.get(key) is config:
+            setattr(model, key, renamed)
 
 
 def resize_auxiliary(model: nn.Module, num_classes: int, seed: int) -> list[str]:

@@ -25,10 +25,10 @@ def check_assignment(assignment: Tensor, num_classes: int, num_prototypes: int) 
     Raises:
         AssignmentError: another shape or dtype, a value out of range, or a value twice.
     """
-    if assignment.shape != (num_classes,) or assignment.dtype != torch.int64:
+    if assignment.shape != (num_classes,) or assignment.dtype != torch.int64 or assignment.is_meta:
         raise AssignmentError(
             f"expected an assignment of shape ({num_classes},) and dtype torch.int64, got "
-            f"{tuple(assignment.shape)} and {assignment.dtype}."
+            f"{tuple(assignment.shape)} and {assignment.dtype} on {assignment.device}."
         )
     uses = torch.zeros(num_prototypes, dtype=torch.int64, device=assignment.device)
     smallest, largest = int(assignment.min()), int(assignment.max())

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from hyperproto.arguments import as_tensor, choice, matrix
+from hyperproto.arguments import as_tensor, choice, matrix, readable
 from hyperproto.errors import ArgumentError, AssignmentError, ShapeError
 from hyperproto.matching.dense import solve_dense
 from hyperproto.matching.problem import check_assignment, total_similarity
@@ -94,6 +94,10 @@ def solve_assignment(
     prototypes = matrix(prototypes, "prototypes of shape (P, D)", smallest=(0, 1))
     weights = None if weights is None else as_tensor(weights, "weights of shape (C,)")
     prices = None if prices is None else as_tensor(prices, "prices of shape (P,)")
+    named = {"class means": class_means, "prototypes": prototypes, "weights": weights, "prices": prices}
+    for name, given in named.items():
+        if given is not None:
+            readable(given, name)
     _check_problem(class_means, prototypes, weights, prices)
     num_classes, num_prototypes = len(class_means), len(prototypes)
     if current is None:
@@ -160,11 +164,17 @@ def _check_problem(class_means: Tensor, prototypes: Tensor, weights: Tensor | No
         if not bool(finite.all()):
             wrong = torch.nonzero(~finite).flatten()[:10].tolist()
             raise AssignmentError(f"{name} must be finite; rows {wrong} are not.")
-    if prices is not None and prices.shape != (len(prototypes),):
-        raise ShapeError(f"expected prices of shape ({len(prototypes)},), got {tuple(prices.shape)}.")
+    if prices is not None and (prices.shape != (len(prototypes),) or prices.is_complex()):
+        raise ShapeError(
+            f"expected real prices of shape ({len(prototypes)},), got {tuple(prices.shape)} and {prices.dtype}."
+        )
+    if prices is not None and not bool(torch.isfinite(prices).all()):
+        raise ArgumentError("expected finite prices, those of the last solution.")
     if weights is None:
         return
-    if weights.shape != (len(class_means),):
-        raise ShapeError(f"expected weights of shape ({len(class_means)},), got {tuple(weights.shape)}.")
+    if weights.shape != (len(class_means),) or weights.is_complex():
+        raise ShapeError(
+            f"expected real weights of shape ({len(class_means)},), got {tuple(weights.shape)} and {weights.dtype}."
+        )
     if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
         raise ArgumentError("weights must be finite and not negative.")

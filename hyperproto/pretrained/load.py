@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hyperproto.arguments import module
-from hyperproto.codebook import TrainingOutput
+from hyperproto.codebook import ASSIGNER, TrainingOutput
 from hyperproto.conversion.convert import convert_model
 from hyperproto.conversion.restore import restore_model
 from hyperproto.conversion.stored import State, head_names, read_state
@@ -102,7 +102,8 @@ def _check_entries(model: nn.Module, state: State) -> None:
     of_heads = {f"{name}.{key}" for name in get_heads(model) for key in ("assignment_record", "format_version")}
     banks = {f"{name}.bank.prototypes" for name in get_heads(model)}
     missing = own.keys() - state.keys() - of_heads - banks
-    unexpected = state.keys() - own.keys() - banks
+    assigners = tuple(f"{name}.{ASSIGNER}" for name in get_heads(model))
+    unexpected = {name for name in state.keys() - own.keys() - banks if not name.startswith(assigners)}
     shapes = [
         f"{name} {tuple(state[name].shape)} for {tuple(value.shape)}"
         for name, value in own.items()

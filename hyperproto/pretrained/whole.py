@@ -15,6 +15,7 @@ from hyperproto.class_names import check_number_of_names, read_class_names
 from hyperproto.constructions import CONSTRUCTIONS
 from hyperproto.conversion.record import get_record
 from hyperproto.conversion.stored import State, head_names, read_state
+from hyperproto.conversion.structures import CONVERTED
 from hyperproto.errors import ArgumentError, CheckpointError
 from hyperproto.fitting.report import HeadFit
 from hyperproto.head import HypersphericalHead
@@ -207,8 +208,8 @@ def _architecture(model: Any) -> str | None:
     """
     import timm
 
-    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
-    if not isinstance(name, str) or not timm.is_model(name):
+    name = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture")).removeprefix(CONVERTED)
+    if not timm.is_model(name):
         return None
     difference = next(_differences(model, _create(name, model.num_classes), get_heads(model)), None)
     if difference is None:

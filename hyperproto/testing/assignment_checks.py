@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyperproto.testing.requirements import heads_of, require
+from hyperproto.arguments import not_negative, whole_number
+from hyperproto.testing.requirements import heads_of, require, require_values
 
 #: Largest problem that `check_optimal` solves by trying every assignment.
 BRUTE_FORCE_PROTOTYPES = 7
@@ -36,6 +37,8 @@ def check_assignment(source: nn.Module | Tensor, *, num_prototypes: int | None =
         for head in heads_of(source).values():
             _check_injective(head.assignment, head.num_classes, head.bank.num_prototypes)
     else:
+        if num_prototypes is not None:
+            num_prototypes = whole_number(num_prototypes, "num_prototypes", smallest=1)
         _check_injective(source, None, num_prototypes)
 
 
@@ -56,6 +59,7 @@ def check_optimal(assignment: Tensor, class_means: Tensor, prototypes: Tensor, *
         Traceback (most recent call last):
         AssertionError: not optimal: total cosine 0.099504 where 1.995037 is possible
     """
+    tolerance = not_negative(tolerance, "tolerance")
     _check_problem(class_means, prototypes)
     _check_injective(assignment, len(class_means), len(prototypes))
     similarity = _unit(class_means) @ _unit(prototypes).T  # (C, P)
@@ -72,7 +76,7 @@ def _check_injective(assignment: Tensor, num_classes: int | None, num_prototypes
     wanted = f"expected an assignment of shape ({'C' if num_classes is None else num_classes},) and dtype torch.int64"
     fits = assignment.dim() == 1 and num_classes in (None, len(assignment)) and assignment.dtype == torch.int64
     require(fits, f"{wanted}, got {tuple(assignment.shape)} and {assignment.dtype}")
-    require(not assignment.is_meta, "the assignment must have values, this one is on the device meta")
+    require_values(assignment, "the assignment")
     values = assignment.tolist()
     if not values:
         return
@@ -89,6 +93,8 @@ def _check_problem(class_means: Tensor, prototypes: Tensor) -> None:
     for name, rows in (("class means", class_means), ("prototypes", prototypes)):
         require(isinstance(rows, Tensor), f"expected {name} as a tensor, got {type(rows).__name__}")
         require(rows.dim() == 2, f"expected {name} as a matrix, got shape {tuple(rows.shape)}")
+        require(rows.is_floating_point(), f"expected {name} in a floating dtype, got {rows.dtype}")
+        require_values(rows, name)
         require(bool(torch.isfinite(rows).all()), f"{name} must be finite")
     require(
         class_means.shape[1] == prototypes.shape[1] and 1 <= len(class_means) <= len(prototypes),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperproto.bank import PrototypeBank
-from hyperproto.testing.requirements import require
+from hyperproto.testing.requirements import require, require_values
 
 #: Prototypes nearer than this are taken for equal: on one of them the logits of both differ by 5e-7 of the scale.
 SMALLEST_DISTANCE = 1e-3
@@ -42,7 +42,7 @@ def _check_matrix(prototypes: Tensor) -> None:
     shape = tuple(prototypes.shape)
     require(len(shape) == 2 and min(shape) >= 2, f"prototypes must have shape (P, D), P >= 2 and D >= 2, not {shape}")
     require(prototypes.dtype == torch.float32, f"prototypes must be float32, got {prototypes.dtype}")
-    require(not prototypes.is_meta, "prototypes must have values, these are on the device meta")
+    require_values(prototypes, "prototypes")
 
 
 def _check_module(bank: nn.Module, prototypes: Tensor) -> None:

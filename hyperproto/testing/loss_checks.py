@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from hyperproto.arguments import module
 from hyperproto.testing.properties.batches import (
     is_reduced_as_it_says,
     reductions_belong_together,
@@ -107,7 +108,7 @@ def check_loss(loss: Loss, head: nn.Module | None = None) -> None:
     """
     given = {"loss": loss} if isinstance(loss, nn.Module) else {}
     if head is not None:
-        given["head"] = head
+        given["head"] = module(head, "head")
     with everything_kept(given):
         tried = subjects(loss, head)
     for subject in tried:

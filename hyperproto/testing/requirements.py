@@ -20,6 +20,12 @@ def require(condition: bool, message: str) -> None:
         raise AssertionError(message)
 
 
+def require_values(tensor: Tensor, name: str) -> None:
+    """Raise AssertionError unless a tensor is dense and not on the device "meta"."""
+    has_values = tensor.layout == torch.strided and not tensor.is_meta
+    require(has_values, f"{name} must have values in a dense tensor, not {tensor.layout} on {tensor.device}")
+
+
 def is_close(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors of one shape are equal but for rounding; NaN is close to nothing."""
     first, second = first.detach().double(), second.detach().double()
