@@ -54,6 +54,8 @@ LAYERS = [
     "fitting",
     "pretrained",
     "testing",
+    "lightning",
+    "transformers",
     "timm",
 ]
 
@@ -180,7 +182,7 @@ def test_no_file_is_long():
 
 
 #: What examples, experiments and benchmarks may import, or name as an attribute of the package.
-PUBLIC = {"hyperproto", "hyperproto.functional", "hyperproto.testing"} | {
+PUBLIC = {"hyperproto", "hyperproto.functional", "hyperproto.testing", "hyperproto.timm"} | {
     f"hyperproto.{name}" for name in (*hyperproto.__all__, "__version__")
 }
 PROMISED = "hyperproto.conversion.warm_start.warm_start_"

@@ -77,9 +77,9 @@ def convert_model(
     logger "hyperproto.conversion.convert" says the same at level INFO.
 
     Args:
-        model: any timm or torchvision classifier, or any module with `classifier` given. The classifier is one or
-            more layers nn.Linear or nn.Conv2d of size 1. timm's `reset_classifier` on a converted model restores it
-            first.
+        model: any timm or torchvision classifier, an image classifier of transformers, open_clip's and fastai's
+            wrappers of timm models, or any module with `classifier` given. The classifier is one or more layers
+            nn.Linear or nn.Conv2d of size 1. timm's `reset_classifier` on a converted model restores it first.
         dim: dimension D of the embeddings; by default the bank's, or the width of the features (the smallest, where
             several classifiers differ).
         num_classes: number of labels; by default the old classifier's. Needed for models made with num_classes=0.
