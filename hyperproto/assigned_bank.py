@@ -130,8 +130,8 @@ class AssignedBank(nn.Module):
         count = self._count(assignment)
         if assignment is not None:
             record = state_dict.get(prefix + "assignment_record")
-            # Never less than before: an average that goes on tells by it what is newer.
-            count = max(count, count_of(record, state_dict.get(prefix + "format_version")))
+            if record is not None:
+                count = count_of(record, state_dict.get(prefix + "format_version"))
             device = state_dict[prefix + "assignment"].device
             state_dict[prefix + "assignment"] = assignment.to(device)
             state_dict[prefix + "assignment_record"] = record_of(assignment, count).to(self.assignment_record.dtype)

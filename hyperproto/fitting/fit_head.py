@@ -27,7 +27,6 @@ KEPT_NUMBERS = 2**25
 ACCURACY_CHUNK = 4096
 
 
-@torch.no_grad()
 def fit_head(model: nn.Module, loader: Iterable[Any], *, process_group: ProcessGroup | None = None) -> HeadFit:
     r"""Choose assignment and projection in closed form from one pass over the data; in place.
 
@@ -93,6 +92,16 @@ def fit_head(model: nn.Module, loader: Iterable[Any], *, process_group: ProcessG
         check_not_sharded(model, [each for head in heads for each in head.projection.parameters()])
         for head in heads:
             layers_of(head.projection)  # raises for a projection that cannot be set, before the pass over the data
+    return _fit_model(model, heads, loader, process_group)
+
+
+@torch.no_grad()
+def _fit_model(
+    model: nn.Module,
+    heads: tuple[HypersphericalHead, ...],
+    loader: Iterable[Any],
+    process_group: ProcessGroup | None,
+) -> HeadFit:
     sample = FeatureSample(max(1, KEPT_NUMBERS // heads[0].in_features), heads[0].in_features)
 
     def keep(index: int, features: Tensor, target: Tensor) -> None:

@@ -26,7 +26,6 @@ NUM_SCALES = 61
 SMALLEST_SLOPE = 1e-12
 
 
-@torch.no_grad()
 def fit_logit_scale(model: nn.Module, loader: Iterable[Any], *, process_group: ProcessGroup | None = None) -> float:
     r"""Scale s that minimises the negative log-likelihood of held-out data; set on the model's heads in place.
 
@@ -93,6 +92,7 @@ def fit_logit_scale(model: nn.Module, loader: Iterable[Any], *, process_group: P
     return float(heads[0].logit_scale)
 
 
+@torch.no_grad()
 def _sum_slopes(
     model: nn.Module,
     head: HypersphericalHead,
