@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from hyperproto.arguments import as_tensor
 from hyperproto.assignment_record import count_of, is_of_another, next_count, read_assignment, record_of
-from hyperproto.bank import PrototypeBank, has_values
+from hyperproto.bank import PrototypeBank
 from hyperproto.checkpoint import check_format, format_version, stamp_format_
 from hyperproto.errors import AssignmentError, BankError
 from hyperproto.matching.problem import check_assignment
 from hyperproto.modes import makes_graph
+from hyperproto.prototypes import has_values
 from hyperproto.targets import has_memory
 
 #: What to do where an average has no assignment.
@@ -129,8 +130,8 @@ class AssignedBank(nn.Module):
         count = self._count(assignment)
         if assignment is not None:
             record = state_dict.get(prefix + "assignment_record")
-            # Never less than before: an average that goes on tells by it what is newer.
-            count = max(count, count_of(record, state_dict.get(prefix + "format_version")))
+            if record is not None:
+                count = count_of(record, state_dict.get(prefix + "format_version"))
             device = state_dict[prefix + "assignment"].device
             state_dict[prefix + "assignment"] = assignment.to(device)
             state_dict[prefix + "assignment_record"] = record_of(assignment, count).to(self.assignment_record.dtype)

@@ -8,9 +8,9 @@ import timm
 import torch
 from compatible import MODELS, NUM_CLASSES, converted, heads_of, images, needs, permute_, plain
 from timm.data import Mixup
-from timm.models import load_checkpoint, model_parameters, resume_checkpoint
+from timm.models import load_checkpoint, resume_checkpoint
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
-from timm.utils import CheckpointSaver, ModelEmaV3, adaptive_clip_grad, freeze, unfreeze
+from timm.utils import CheckpointSaver, ModelEmaV3, freeze, unfreeze
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
@@ -108,20 +108,6 @@ def test_optimizers_of_timm_leave_prototypes_and_assignment_alone(optimizer):
     train_step(model, BalancedLoss(model), built)
     changed = {key for key, value in head.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == {key for key in before if key.startswith("projection.")}
-
-
-@pytest.mark.parametrize(("projection", "backbone_parameters_spared"), [("linear+bn", 0), ("linear", 1)])
-def test_adaptive_gradient_clipping_spares_the_last_two_parameters(projection, backbone_parameters_spared):
-    # timm takes the last two parameters of a model for those of its head. With batch norm they are the head's; the
-    # one weight of "linear" leaves room for a bias of the backbone, which then goes unclipped.
-    model = converted("test_resnet", projection=projection)
-    of_head = {id(parameter) for parameter in heads_of(model)[0].parameters()}
-    clipped = {id(parameter) for parameter in model_parameters(model, exclude_head=True)}
-    of_backbone = {id(parameter) for parameter in model.parameters()} - of_head
-    assert len(of_backbone - clipped) == backbone_parameters_spared
-    BalancedLoss(model)(model(images()), torch.tensor([0, 1])).backward()
-    adaptive_clip_grad(model_parameters(model, exclude_head=True))
-    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
 
 # Averages of weights

@@ -29,6 +29,7 @@ LAYERS = [
     "checkpoint",
     "constructions",
     "separation",
+    "prototypes",
     "bank",
     "matching",
     "projection",
@@ -40,6 +41,7 @@ LAYERS = [
     "codebook",
     "head",
     "heads",
+    "class_names",
     "functional",
     "class_means",
     "assignment_step",
@@ -50,7 +52,10 @@ LAYERS = [
     "losses",
     "conversion",
     "fitting",
+    "pretrained",
     "testing",
+    "lightning",
+    "transformers",
     "timm",
 ]
 
@@ -75,6 +80,8 @@ INNER_LAYERS = {
         "hooks",
         "locate",
         "channels",
+        "stored",
+        "like",
         "record",
         "replace",
         "loading",
@@ -100,6 +107,7 @@ INNER_LAYERS = {
         "compress_head",
         "fit_logit_scale",
     ],
+    "pretrained": ["config", "card", "load", "whole"],
     "testing": [
         "requirements",
         "state",
@@ -174,7 +182,7 @@ def test_no_file_is_long():
 
 
 #: What examples, experiments and benchmarks may import, or name as an attribute of the package.
-PUBLIC = {"hyperproto", "hyperproto.functional", "hyperproto.testing"} | {
+PUBLIC = {"hyperproto", "hyperproto.functional", "hyperproto.testing", "hyperproto.timm"} | {
     f"hyperproto.{name}" for name in (*hyperproto.__all__, "__version__")
 }
 PROMISED = "hyperproto.conversion.warm_start.warm_start_"
