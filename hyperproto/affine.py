@@ -18,9 +18,6 @@ from hyperproto.errors import ArgumentError
 from hyperproto.modes import eval_mode
 from hyperproto.projection import RowBatchNorm, RowSequential, SeededLinear, fresh_length, has_layers
 
-#: What runs one layer behind the other.
-SEQUENTIAL = (nn.Sequential.forward, RowSequential.forward)
-
 #: Rows of the identity that an unknown projection is asked for at a time.
 PROBED_AT_ONCE = 1024
 #: Random rows by which the answers are checked.
@@ -59,8 +56,8 @@ def known_layers(projection: nn.Module) -> Layers | None:
     if not has_layers(projection):
         return Layers(None, None)
     parts = [projection]
-    if isinstance(projection, nn.Sequential) and type(projection).forward in SEQUENTIAL:
-        parts = list(projection)
+    if type(projection).forward in (nn.Sequential.forward, RowSequential.forward):
+        parts = list(projection.children())
     if len(parts) not in (1, 2):
         return None
     linear, batch_norm = (*parts, None)[:2]

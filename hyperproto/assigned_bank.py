@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from hyperproto.arguments import as_tensor
-from hyperproto.assignment_record import count_of, is_of_another, read_assignment, record_of
-from hyperproto.bank import PrototypeBank, has_values
+from hyperproto.assignment_record import count_of, is_of_another, next_count, read_assignment, record_of
+from hyperproto.bank import PrototypeBank
 from hyperproto.checkpoint import check_format, format_version, stamp_format_
 from hyperproto.errors import AssignmentError, BankError
 from hyperproto.matching.problem import check_assignment
 from hyperproto.modes import makes_graph
+from hyperproto.prototypes import has_values
 from hyperproto.targets import has_memory
 
 #: What to do where an average has no assignment.
@@ -87,8 +88,7 @@ class AssignedBank(nn.Module):
         if self.assignment.is_meta:
             raise AssignmentError("the head has no values yet (device meta). Load a checkpoint first.")
         assignment = assignment.detach().cpu()
-        count = count_of(self.assignment_record, self.format_version)
-        self._write(assignment, count if torch.equal(assignment, self.assignment.cpu()) else count + 1)
+        self._write(assignment, self._count(assignment))
 
     def train(self, mode: bool = True) -> AssignedBank:
         """As of any module. The buffers are looked at once more at the next evaluation: some writes leave no trace."""
@@ -126,15 +126,24 @@ class AssignedBank(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.check_checkpoint(state_dict, prefix)
-        assignment, count = self._read_checkpoint(state_dict, prefix), 1
+        assignment = self._read_checkpoint(state_dict, prefix)
+        count = self._count(assignment)
         if assignment is not None:
             record = state_dict.get(prefix + "assignment_record")
-            count = count_of(record, state_dict.get(prefix + "format_version"))
+            if record is not None:
+                count = count_of(record, state_dict.get(prefix + "format_version"))
             device = state_dict[prefix + "assignment"].device
             state_dict[prefix + "assignment"] = assignment.to(device)
             state_dict[prefix + "assignment_record"] = record_of(assignment, count).to(self.assignment_record.dtype)
         stamp_format_(state_dict, prefix, count)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _count(self, assignment: Tensor | None) -> int:
+        """How often an assignment was set, once this one (C,) is set, or none; 1 where there were no values."""
+        if self.assignment.is_meta or not has_values(self.bank.prototypes):
+            return 1
+        is_new = assignment is not None and not torch.equal(assignment, self.assignment.cpu())
+        return (next_count if is_new else count_of)(self.assignment_record, self.format_version)
 
     def _look(self) -> None:
         """Let the three entries of the assignment say the same again, where something else has written to them.

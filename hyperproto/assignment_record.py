@@ -127,6 +127,23 @@ def count_of(record: Tensor | None, stamp: Tensor | None) -> int:
     return max(*(math.ceil(each - COUNT_NOISE) if 0.0 < each < LARGEST_COUNT else 1 for each in (recorded, intact)))
 
 
+def next_count(record: Tensor, stamp: Tensor) -> int:
+    """How often an assignment was set, once another one is set where these entries are.
+
+    In an average over different counts the last one is as good as another: the model that was averaged may have it, and
+    none that is set there later may have the same number as this one.
+
+    Examples:
+        >>> from hyperproto.checkpoint import format_version
+        >>> older, newer = record_of(torch.tensor([0, 1]), 3), record_of(torch.tensor([1, 0]), 4)
+        >>> next_count(newer, format_version(4)), next_count(older.lerp(newer, 0.1), format_version(3))
+        (5, 4)
+    """
+    recorded, newest = float(record[-1]), count_of(record, stamp)
+    is_averaged = recorded > (count_in(stamp) or 0) and not abs(recorded - round(recorded)) <= COUNT_NOISE
+    return newest if is_averaged else newest + 1
+
+
 def is_of_another(record: Tensor, assignment: Tensor) -> bool:
     """Whether a record is as `record_of` made it, and of another assignment (C,): that was written by hand."""
     values = record[:-NUM_EXTRA].double()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -230,6 +230,24 @@ def check_whole(tensor: Tensor, what: str) -> None:
         )
 
 
+def check_not_sharded(model: nn.Module, fitted: Iterable[Tensor]) -> None:
+    """Raise if what is written into these parameters of a model would be lost, since they are gathered from all ranks.
+
+    Raises:
+        ArgumentError: fully_shard or FullyShardedDataParallel has been there, or a parameter is a DTensor.
+    """
+    sharding, mesh = (sys.modules.get(f"torch.distributed.{name}") for name in ("fsdp", "tensor"))
+    wrappers = () if sharding is None else (sharding.FSDPModule, sharding.FullyShardedDataParallel)
+    if any(isinstance(each, wrappers) for each in model.modules()) or (
+        mesh is not None and any(isinstance(each, mesh.DTensor) for each in fitted)
+    ):
+        raise ArgumentError(
+            "expected a model whose parameters are whole on each rank, got one that is sharded: what is fitted would "
+            "be lost when they are gathered next. Fit first and call fully_shard (or what else shards) afterwards, or "
+            "fit a copy that is not sharded and has loaded the full state_dict."
+        )
+
+
 def add_up_ranks(tensors: list[Tensor], device: torch.device, *, process_group: ProcessGroup | None = None) -> None:
     """Sum each tensor over the ranks, in place and in one collective for each dtype.
 
@@ -248,15 +266,60 @@ def add_up_ranks(tensors: list[Tensor], device: torch.device, *, process_group: 
             tensor.copy_(part.view_as(tensor))
 
 
-def share_buffers_(model: nn.Module, *, process_group: ProcessGroup | None = None) -> None:
-    """Copy the first rank's buffers to all ranks, in place.
-
-    Buffers of modules that say `buffers_are_per_rank` stay: they are of each rank's own data.
-    """
+def shared_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that are to be the same on all ranks, by name: all but those of modules with `buffers_are_per_rank`."""
     kept = tuple(f"{name}." for name, module in model.named_modules() if getattr(module, "buffers_are_per_rank", False))
-    for name, buffer in model.named_buffers():
-        if not name.startswith(kept):
-            share_first_(buffer, process_group=process_group)
+    return {name: buffer for name, buffer in model.named_buffers() if not name.startswith(kept)}
+
+
+def share_state_(module: nn.Module, *, process_group: ProcessGroup | None = None) -> None:
+    """Copy what the first rank's `state_dict` has to all ranks, in place."""
+    for tensor in module.state_dict().values():
+        share_first_(tensor, process_group=process_group)
+
+
+def steered_by_first(
+    steer: Callable[[Callable[[], Tensor]], object],
+    evaluate: Callable[[], Tensor],
+    places: list[Tensor],
+    *,
+    process_group: ProcessGroup | None = None,
+) -> None:
+    """Let the first rank decide where, and how often, all ranks evaluate what they add up; all end where it ends.
+
+    Ranks that round differently would come to other decisions, and wait for each other for ever.
+
+    Args:
+        steer: on the first rank only, called with a function that evaluates on all ranks.
+        evaluate: at the present places; ends in a collective.
+        places: tensors that `steer` moves, in place.
+        process_group: the ranks.
+    """
+    if not has_ranks(process_group):
+        steer(evaluate)
+        return
+    goes_on = torch.zeros((), dtype=torch.int64, device=places[0].device)
+
+    def share() -> None:
+        for tensor in (goes_on, *places):
+            share_first_(tensor.detach(), process_group=process_group)
+
+    def evaluate_on_all() -> Tensor:
+        goes_on.fill_(1)
+        share()
+        return evaluate()
+
+    if dist.get_rank(process_group) == 0:
+        try:
+            steer(evaluate_on_all)
+        finally:
+            goes_on.fill_(0)
+            share()
+        return
+    share()
+    while bool(goes_on):
+        evaluate()
+        share()
 
 
 def bit_of_this_rank(process_group: ProcessGroup | None = None) -> int:

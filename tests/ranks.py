@@ -37,11 +37,14 @@ CONTEXT.set_forkserver_preload(
 OTHER_KERNELS = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
 
 
-def run_on_unequal_machines(function: Callable[..., Any], *arguments: object, seconds: float = 120) -> list[Any]:
-    """As `run_on_ranks`, on two ranks of which the second computes with other kernels."""
+def run_on_unequal_machines(
+    function: Callable[..., Any], *arguments: object, num_ranks: int = 2, seconds: float = 120
+) -> list[Any]:
+    """As `run_on_ranks`, on ranks of which all but the first compute with other kernels."""
     # Kernels are chosen when torch is imported: these processes start afresh.
     spawn = multiprocessing.get_context("spawn")
-    return run_on_ranks(function, 2, *arguments, seconds=seconds, context=spawn, environments=[{}, OTHER_KERNELS])
+    environments = [{}, *[OTHER_KERNELS] * (num_ranks - 1)]
+    return run_on_ranks(function, num_ranks, *arguments, seconds=seconds, context=spawn, environments=environments)
 
 
 def run_on_ranks(

@@ -3,15 +3,17 @@
 import copy
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
+from compatible import needs
 from ranks import run_on_ranks, run_on_unequal_machines
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
 from torch.distributed.tensor import distribute_module
 from torch.nn.functional import normalize
 
@@ -26,10 +28,14 @@ from hyperproto import (
     PrototypeBank,
     RankError,
     ShapeError,
+    compress_head,
     convert_model,
+    fit_head,
+    fit_logit_scale,
+    refit_head,
     restore_model,
 )
-from hyperproto.ranks import add_up_ranks, agreement, decided_by_first, fingerprint
+from hyperproto.ranks import add_up_ranks, agreement, decided_by_first, fingerprint, steered_by_first
 
 NUM_CLASSES, DIM = 7, 3
 CPU = torch.device("cpu")
@@ -385,6 +391,155 @@ def test_without_ranks_a_pickle_of_an_assigner_goes_on():
     assigner.step()
     assert issubclass(RankError, RuntimeError)
     assert assigner.process_group is None
+
+
+# Fits
+
+
+FITS: dict[str, Callable[..., object]] = {
+    "fit_head": fit_head,
+    "refit_head": partial(refit_head, iterations=3),
+    "compress_head": partial(compress_head, dim=3, iterations=3),
+    "fit_logit_scale": fit_logit_scale,
+}
+
+
+def make_model(num_classes: int = 6) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, num_classes))
+    return convert_model(model, classifier="2", dim=num_classes, bank="simplex")
+
+
+def samples(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator, labels = torch.Generator().manual_seed(rank), torch.arange(90) % 6
+    return 1.5 * torch.eye(8)[labels] + torch.randn(90, 8, generator=generator), labels
+
+
+def unreadable(rank: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    yield samples(rank)
+    raise OSError("no such file")
+
+
+FAULTS: dict[str, Callable[[str, int], object]] = {
+    "a loader that fails": lambda name, rank: FITS[name](make_model(), unreadable(rank)),
+    "a label out of range": lambda name, rank: FITS[name](make_model(), [(samples(rank)[0], samples(rank)[1] + 1)]),
+    "no head": lambda name, rank: FITS[name](restore_model(make_model()), [samples(rank)]),
+    "more labels": lambda name, rank: FITS[name](make_model(num_classes=8), [samples(rank)]),
+}
+
+
+def fit_with_a_fault(rank: int, name: str, fault: str) -> list:
+    model = make_model()
+    before = copy.deepcopy(model.state_dict())
+    try:
+        if rank == 1:
+            FAULTS[fault](name, rank)
+        else:
+            FITS[name](model, [samples(rank)])
+    except (HyperprotoError, OSError) as error:
+        total = torch.ones(1)
+        add_up_ranks([total], CPU)  # nothing is left unpaired
+        unchanged = all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        return [type(error).__name__, str(error), unchanged, int(total)]
+    return ["nothing raised"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("name", FITS)
+def test_a_fault_of_one_rank_stops_a_fit_on_all(name, fault):
+    first, second = run_on_ranks(fit_with_a_fault, 2, name, fault, seconds=120)
+    expected = {"a loader that fails": "OSError", "a label out of range": "LabelError", "no head": "HeadNotFoundError"}
+    assert second[0] == expected.get(fault, "RankError")
+    assert first[0] == "RankError"
+    assert ("the buffers of the model" if fault == "more labels" else "ranks [1] of 2 have raised") in first[1]
+    assert first[2:] == [True, 2]
+
+
+def fit_by_some_ranks(rank: int) -> list:
+    group, _ = dist.new_group([0, 1]), dist.new_group([2])
+    states = []
+    for fit in FITS.values() if rank < 2 else ():
+        model = make_model()
+        if fit is fit_logit_scale:
+            fit_head(model, [samples(rank)], process_group=group)
+        fit(model, [samples(rank)], process_group=group)
+        states.append(dict(model.state_dict()))
+    return states
+
+
+def test_some_of_the_ranks_may_fit():
+    first, second, third = run_on_ranks(fit_by_some_ranks, 3)
+    assert not third
+    for one, other in zip(first, second, strict=True):
+        assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def fit_when_sharded(rank: int, name: str, wrap: str) -> list[str]:
+    model, mesh = make_model(), init_device_mesh("cpu", (2,))
+    if wrap == "fully_shard":
+        fully_shard(model, mesh=mesh)
+    elif wrap == "FullyShardedDataParallel":
+        model = FullyShardedDataParallel(model, device_id=CPU)
+    else:
+        distribute_module(model[2].projection[0], mesh)
+    return error_of(lambda: FITS[name](model, iter([])))  # before the pass over the data
+
+
+@needs("fully_shard on a CPU", torch="2.11")
+@pytest.mark.parametrize("wrap", ["fully_shard", "FullyShardedDataParallel", "distribute_module"])
+@pytest.mark.parametrize("name", ["fit_head", "refit_head"])
+def test_a_fit_of_a_sharded_head_is_refused(name, wrap):
+    for error in run_on_ranks(fit_when_sharded, 2, name, wrap):
+        assert error[0] == ArgumentError.__name__
+        assert "Fit first" in error[1]
+
+
+def steer(rank: int) -> list:
+    place, seen = torch.zeros(2), []
+
+    def evaluate() -> torch.Tensor:
+        total = place.clone()
+        add_up_ranks([total], CPU)
+        seen.append(total.tolist())
+        return total
+
+    def walk(evaluate_on_all: Callable[[], torch.Tensor]) -> None:
+        assert rank == 0
+        for _ in range(3):
+            place.add_(1 + evaluate_on_all())
+
+    steered_by_first(walk, evaluate, [place])
+    return [seen, place.tolist()]
+
+
+def test_the_first_rank_steers_all():
+    expected = [[[0.0, 0.0], [3.0, 3.0], [15.0, 15.0]], [21.0, 21.0]]
+    assert run_on_ranks(steer, 3) == [expected] * 3
+
+
+def fit_on_unequal_machines(rank: int) -> list[dict]:
+    """The same start on all, as from a checkpoint, in numbers that no machine rounds."""
+    states, generator = [], torch.Generator().manual_seed(0)
+    start = make_model()
+    for parameter in start.parameters():
+        parameter.data = torch.randint(-50, 50, parameter.shape, generator=generator) / 256
+    dist.broadcast(start[2].bank.prototypes, src=0)
+    for fit in (*FITS.values(), partial(refit_head, iterations=60), partial(compress_head, dim=4, iterations=60)):
+        model = copy.deepcopy(start)
+        if fit is fit_logit_scale:
+            fit_head(model, [samples(rank)])
+        fit(model, [samples(rank)])
+        states.append(dict(model.state_dict()))
+    return states
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_fits_on_unequal_machines_end_in_one_head(num_ranks):
+    first, *others = run_on_unequal_machines(fit_on_unequal_machines, num_ranks=num_ranks)
+    for states in others:
+        for one, other in zip(first, states, strict=True):
+            assert {key for key, value in one.items() if not torch.equal(value, other[key])} == set()
 
 
 # Models whose buffers something else has changed

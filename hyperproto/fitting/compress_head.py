@@ -18,11 +18,12 @@ from hyperproto.conversion.replace import replace_head
 from hyperproto.errors import ArgumentError
 from hyperproto.fitting.components import principal_components
 from hyperproto.fitting.data import HeldFeatures, check_fit_options, cross_entropy_with
+from hyperproto.fitting.features import checking
 from hyperproto.fitting.lbfgs import class_mean, minimise
 from hyperproto.fitting.report import HeadFit
 from hyperproto.head import HypersphericalHead
 from hyperproto.heads import get_heads, require_heads
-from hyperproto.ranks import ProcessGroup, check_member
+from hyperproto.ranks import ProcessGroup, share_first_, share_state_
 
 
 @torch.inference_mode(False)
@@ -79,18 +80,20 @@ def compress_head(
         >>> compress_head(model, [(features, labels)], dim=2).accuracy, model[0].dim
         (1.0, 2)
     """
-    heads = require_heads(model)
-    check_fit_options(scale, iterations)
-    check_member(process_group)
-    (name, old), *others = get_heads(model).items()
-    check_unwrapped(model, name, verb="compress_head")
-    _check_compressible(old, name, [other for other, _ in others], dim)
+    with checking(model, process_group=process_group):
+        heads = require_heads(model)
+        check_fit_options(scale, iterations)
+        (name, old), *others = get_heads(model).items()
+        check_unwrapped(model, name, verb="compress_head")
+        _check_compressible(old, name, [other for other, _ in others], dim)
     features = HeldFeatures(model, heads, loader, process_group=process_group)
     [batches] = features.batches
     matrix, _ = affine(old.projection, old.in_features)
     to_logits = old.class_prototypes.cpu().double() @ matrix  # (C, F)
     projection, start = principal_components(to_logits, features.scatters[0], dim)
     projection, vectors = projection.to(old.assignment.device), nn.Parameter(start.to(old.assignment.device))
+    share_state_(projection, process_group=process_group)
+    share_first_(vectors.detach(), process_group=process_group)
     measure = partial(
         class_mean,
         batches=batches,

@@ -11,13 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hyperproto.arguments import module
 from hyperproto.errors import ArgumentError, HeadNotFoundError, ShapeError
 from hyperproto.fitting.batches import moved, num_samples, read_batches
 from hyperproto.fitting.statistics import FeatureStatistics
 from hyperproto.head import HypersphericalHead
 from hyperproto.modes import eval_mode
 from hyperproto.projection import has_layers
-from hyperproto.ranks import ProcessGroup, add_up_ranks, share_buffers_
+from hyperproto.ranks import (
+    ProcessGroup,
+    add_up_ranks,
+    agreement,
+    check_member,
+    share_first_,
+    shared_buffers,
+)
 from hyperproto.sphere import normalise
 from hyperproto.targets import check_target
 
@@ -61,6 +69,22 @@ def collect(
     return statistics, int(samples)
 
 
+@contextmanager
+def checking(model: nn.Module, *, process_group: ProcessGroup | None) -> Iterator[None]:
+    """For what is checked before the pass over the data: all ranks leave this block, or all raise.
+
+    Raises:
+        ArgumentError: no model, or a process group without this rank.
+        RankError: another rank has raised, or has a model with other buffers.
+    """
+    check_member(process_group)
+    advice = "Build the model with the same arguments on all ranks."
+    with agreement(_device_of(module(model)), advice=advice, process_group=process_group) as facts:
+        yield
+        buffers = shared_buffers(unwrapped(model)).items()
+        facts["the buffers of the model"] = str([(name, each.shape, each.dtype) for name, each in buffers])
+
+
 @torch.no_grad()
 def run_batches(model: nn.Module, loader: Iterable[Any], head: HypersphericalHead) -> Iterator[tuple[Any, Tensor]]:
     """What the model returns for each batch of a loader, and the batch's target on the CPU, checked.
@@ -72,7 +96,7 @@ def run_batches(model: nn.Module, loader: Iterable[Any], head: HypersphericalHea
         ArgumentError: no loader, or batches that are not inputs and targets.
         LabelError, ShapeError: targets that do not fit.
     """
-    device = next(itertools.chain(model.parameters(), model.buffers())).device  # where the model begins
+    device = _device_of(model)
     for inputs, target in read_batches(loader):
         if is_of_positions(target):
             check_target(target.flatten(), target.numel(), head.num_classes)
@@ -147,11 +171,13 @@ def evaluating(model: nn.Module, *, process_group: ProcessGroup | None = None) -
     """All modules in eval mode; their modes and the global generator are as they were afterwards.
 
     Under torch.distributed all ranks get rank 0's buffers first, as in a forward pass of DistributedDataParallel: each
-    has running statistics of its own since the last one, and would evaluate another model.
+    has running statistics of its own since the last one, and would evaluate another model. An error of one rank stops
+    all.
     """
-    share_buffers_(model, process_group=process_group)
+    for buffer in shared_buffers(model).values():
+        share_first_(buffer, process_group=process_group)
     # A loader draws its seed from the global generator.
-    with eval_mode(model), torch.random.fork_rng(devices=[]):
+    with agreement(_device_of(model), process_group=process_group), eval_mode(model), torch.random.fork_rng(devices=[]):
         yield
 
 
@@ -167,6 +193,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.get_submodule("_orig_mod")
         else:
             return model
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """Where the model begins."""
+    return next(itertools.chain(model.parameters(), model.buffers(), [torch.zeros(0, device="cpu")])).device
 
 
 def _target_of_rows(target: Tensor, num_rows: int) -> Tensor:

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from hyperproto.affine import affine_state, layers_of
 from hyperproto.fitting.closed_form import match_classes, regress
-from hyperproto.fitting.features import collect
+from hyperproto.fitting.features import checking, collect
 from hyperproto.fitting.report import HeadFit, report_fit
 from hyperproto.fitting.statistics import FeatureSample, FeatureStatistics
 from hyperproto.head import HypersphericalHead
 from hyperproto.heads import require_heads
 from hyperproto.matching.solve import solve_assignment
 from hyperproto.projection import has_layers
-from hyperproto.ranks import ProcessGroup, check_member
+from hyperproto.ranks import ProcessGroup, check_not_sharded, decided_by_first
 
 #: Numbers of the features kept to measure the accuracy of the start by: 128 MiB.
 KEPT_NUMBERS = 2**25
@@ -27,7 +27,6 @@ KEPT_NUMBERS = 2**25
 ACCURACY_CHUNK = 4096
 
 
-@torch.no_grad()
 def fit_head(model: nn.Module, loader: Iterable[Any], *, process_group: ProcessGroup | None = None) -> HeadFit:
     r"""Choose assignment and projection in closed form from one pass over the data; in place.
 
@@ -88,10 +87,21 @@ def fit_head(model: nn.Module, loader: Iterable[Any], *, process_group: ProcessG
         Schoenemann, A generalized solution of the orthogonal Procrustes problem, 1966; Hastie, Tibshirani, Buja,
         Flexible discriminant analysis by optimal scoring, 1994 (discriminants by regression).
     """
-    heads = require_heads(model)
-    check_member(process_group)
-    for head in heads:
-        layers_of(head.projection)  # raises for a projection that cannot be set, before the pass over the data
+    with checking(model, process_group=process_group):
+        heads = require_heads(model)
+        check_not_sharded(model, [each for head in heads for each in head.projection.parameters()])
+        for head in heads:
+            layers_of(head.projection)  # raises for a projection that cannot be set, before the pass over the data
+    return _fit_model(model, heads, loader, process_group)
+
+
+@torch.no_grad()
+def _fit_model(
+    model: nn.Module,
+    heads: tuple[HypersphericalHead, ...],
+    loader: Iterable[Any],
+    process_group: ProcessGroup | None,
+) -> HeadFit:
     sample = FeatureSample(max(1, KEPT_NUMBERS // heads[0].in_features), heads[0].in_features)
 
     def keep(index: int, features: Tensor, target: Tensor) -> None:
@@ -105,13 +115,18 @@ def fit_head(model: nn.Module, loader: Iterable[Any], *, process_group: ProcessG
     def report() -> HeadFit:
         return report_fit(heads[0], statistics[0], num_samples, batches, process_group=process_group)
 
-    starts = _fit_all(heads, statistics, shrunk=True)
-    if not (has_layers(heads[0].projection) and statistics[0].shrinking_hides_most()):
-        _write(heads, starts)
-        return report()
-    others = _fit_all(heads, statistics, shrunk=False)
+    def decide() -> list[list[_Start]]:
+        starts = [_fit_all(heads, statistics, shrunk=True)]
+        if has_layers(heads[0].projection) and statistics[0].shrinking_hides_most():
+            starts.append(_fit_all(heads, statistics, shrunk=False))
+        return starts
+
+    starts, *rest = decided_by_first(decide, heads[0].assignment.device, process_group=process_group)
     _write(heads, starts)
     fit = report()
+    if not rest:
+        return fit
+    [others] = rest
     _write(heads, others)
     other = report()
     if other.accuracy > fit.accuracy:

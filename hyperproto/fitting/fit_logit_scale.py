@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from hyperproto.errors import ArgumentError
-from hyperproto.fitting.features import evaluating, run_batches, unwrapped
+from hyperproto.fitting.features import checking, evaluating, run_batches, unwrapped
 from hyperproto.head import HypersphericalHead
 from hyperproto.heads import require_heads
-from hyperproto.ranks import ProcessGroup, add_up_ranks, check_member
+from hyperproto.ranks import ProcessGroup, add_up_ranks, share_first_
 from hyperproto.telling import tell
 
 #: Scales between which the best one is looked for.
@@ -26,7 +26,6 @@ NUM_SCALES = 61
 SMALLEST_SLOPE = 1e-12
 
 
-@torch.no_grad()
 def fit_logit_scale(model: nn.Module, loader: Iterable[Any], *, process_group: ProcessGroup | None = None) -> float:
     r"""Scale s that minimises the negative log-likelihood of held-out data; set on the model's heads in place.
 
@@ -64,8 +63,8 @@ def fit_logit_scale(model: nn.Module, loader: Iterable[Any], *, process_group: P
     """
     from scipy.interpolate import CubicHermiteSpline
 
-    heads = require_heads(model)
-    check_member(process_group)
+    with checking(model, process_group=process_group):
+        heads = require_heads(model)
     scales = torch.from_numpy(np.geomspace(*SCALE_BOUNDS, NUM_SCALES))
     slopes, curvatures, num_samples = _sum_slopes(unwrapped(model), heads[0], loader, scales, process_group)
     flat = SMALLEST_SLOPE * num_samples
@@ -89,10 +88,11 @@ def fit_logit_scale(model: nn.Module, loader: Iterable[Any], *, process_group: P
         curve = CubicHermiteSpline(logs, slopes[interval], (scales * curvatures)[interval])
         scale = float(np.exp(curve.solve(0.0, extrapolate=False)[0]))
     for head in heads:
-        head.logit_scale.fill_(scale)
+        share_first_(head.logit_scale.fill_(scale), process_group=process_group)
     return float(heads[0].logit_scale)
 
 
+@torch.no_grad()
 def _sum_slopes(
     model: nn.Module,
     head: HypersphericalHead,

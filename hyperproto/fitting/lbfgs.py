@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from hyperproto.ranks import ProcessGroup, add_up_ranks
+from hyperproto.ranks import ProcessGroup, add_up_ranks, steered_by_first
 
 #: Of features (N, F) and labels (N,), a loss for each (N,).
 SampleLoss = Callable[[Tensor, Tensor], Tensor]
@@ -60,7 +60,7 @@ def minimise(
     $$ \min_\theta \frac1S \sum_c \frac1{n_c} \sum_{i: y_i = c} \ell_\theta(x_i, c) $$
 
     with n_c samples of class c, and S classes that have any. Nothing is drawn: the same features, the same result.
-    Under torch.distributed each rank has its own samples, and all take the same steps.
+    Under torch.distributed each rank has its own samples, and all take the steps of the first.
 
     Args:
         loss: differentiable in the parameters, which it reads.
@@ -78,6 +78,7 @@ def minimise(
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
 
+    @torch.enable_grad()
     def evaluate() -> Tensor:
         total = parameters[0].new_zeros(())
         optimizer.zero_grad(set_to_none=False)
@@ -90,4 +91,4 @@ def minimise(
         return total
 
     optimizer = torch.optim.LBFGS(parameters, max_iter=iterations, line_search_fn="strong_wolfe")
-    optimizer.step(evaluate)  # type: ignore[no-untyped-call]
+    steered_by_first(optimizer.step, evaluate, list(parameters), process_group=process_group)

@@ -14,12 +14,13 @@ from hyperproto.affine import known_layers
 from hyperproto.errors import ArgumentError
 from hyperproto.fitting.closed_form import least_squares
 from hyperproto.fitting.data import HeldFeatures, check_fit_options, cross_entropy_with
+from hyperproto.fitting.features import checking
 from hyperproto.fitting.lbfgs import class_mean, minimise
 from hyperproto.fitting.report import HeadFit
 from hyperproto.head import HypersphericalHead
 from hyperproto.heads import require_heads
 from hyperproto.projection import has_layers
-from hyperproto.ranks import ProcessGroup, check_member
+from hyperproto.ranks import ProcessGroup, check_not_sharded, share_state_
 from hyperproto.telling import tell
 
 #: Training accuracy that nothing can be gained on.
@@ -85,11 +86,14 @@ def refit_head(
         Kang et al., Decoupling representation and classifier for long-tailed recognition, ICLR 2020 (classifier
         re-training).
     """
-    heads = require_heads(model)
-    check_fit_options(scale, iterations)
-    check_member(process_group)
-    if not all(has_layers(head.projection) for head in heads):
-        raise ArgumentError('a head with projection="none" has nothing to fit: convert with "linear" or "linear+bn".')
+    with checking(model, process_group=process_group):
+        heads = require_heads(model)
+        check_fit_options(scale, iterations)
+        check_not_sharded(model, [each for head in heads for each in head.projection.parameters()])
+        if not all(has_layers(head.projection) for head in heads):
+            raise ArgumentError(
+                'a head with projection="none" has nothing to fit: convert with "linear" or "linear+bn".'
+            )
     features = HeldFeatures(model, heads, loader, process_group=process_group)
     if features.report(heads[0]).accuracy >= ALL_BUT_ALL:
         tell(
@@ -125,6 +129,7 @@ def _fit(
     """
     batches, device = features.batches[index], head.assignment.device
     projection = copy.deepcopy(head.projection).float().eval().requires_grad_(True)
+    share_state_(projection, process_group=process_group)
     loss = cross_entropy_with(projection, head.class_prototypes, scale)
     measure = partial(
         class_mean, loss, batches, num_classes=head.num_classes, device=device, process_group=process_group
@@ -136,6 +141,7 @@ def _fit(
         targets = head.class_prototypes.cpu().double()
         state = least_squares(projection, features.balanced(index), targets, intercept=layers.has_intercept)
         projection.load_state_dict(state)
+        share_state_(projection, process_group=process_group)
         reached = measure()
         if reached < lowest:
             lowest, best = reached, copy.deepcopy(projection.state_dict())
