@@ -98,8 +98,6 @@ class Codebook(AssignedBank):
         self._anchored: tuple[tuple[int, int], ...] = ()
         #: Whether anchors could not be chosen so far, since the bank had no values.
         self._anchors_wanting = False
-        #: Whether it was made or moved to where nothing has values, and no checkpoint has been loaded since.
-        self._awaits_values = False
         self._choose_anchors()
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
@@ -269,7 +267,7 @@ class Codebook(AssignedBank):
         """
         if self.anchors is None or self.anchor_inverse is None or torch.compiler.is_compiling():
             return
-        buffers = (self.bank.prototypes, self.assignment, self.anchors, self.anchor_inverse)
+        buffers = (self.bank.prototypes, self._entries()[0], self.anchors, self.anchor_inverse)
         if any(each.is_meta or each.is_inference() or not has_memory(each) for each in buffers):
             return
         if self._anchors_wanting and has_values(self.bank.prototypes):
@@ -277,7 +275,7 @@ class Codebook(AssignedBank):
             return
         now = tuple((id(each), each._version) for each in buffers)
         if self._anchored and now[:2] != self._anchored[:2] and now[2:] == self._anchored[2:]:
-            check_assignment(self.assignment.cpu(), self.num_classes, self.bank.num_prototypes)
+            check_assignment(self._entries()[0].cpu(), self.num_classes, self.bank.num_prototypes)
             self._choose_anchors()
         else:
             self._anchored = now
@@ -289,7 +287,7 @@ class Codebook(AssignedBank):
         self._anchors_wanting = self.anchors.is_meta or not has_values(self.bank.prototypes)
         if self._anchors_wanting:
             return
-        anchors, inverse = choose_anchors(self.bank.prototypes.cpu(), self.assignment.cpu())
+        anchors, inverse = choose_anchors(self.bank.prototypes.cpu(), self._entries()[0].cpu())
         self.anchors.copy_(anchors)
         self.anchor_inverse.copy_(inverse)
         self._anchored = ()
@@ -308,7 +306,7 @@ class Codebook(AssignedBank):
                     own = keeping_dtype(fn) if isinstance(module, _BatchNorm) else fn
                     module._apply(own, recurse=False)  # type: ignore[no-untyped-call]
         super()._apply(keeping_dtype(fn), recurse=False)  # type: ignore[no-untyped-call]
-        self._awaits_values = self._awaits_values or self.assignment.is_meta
+        self._awaits_values = self._awaits_values or self._entries()[0].is_meta
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -324,7 +322,7 @@ class Codebook(AssignedBank):
     def _give_anchors_a_place(self) -> None:
         """Let anchors leave the device "meta" once the bank has: no checkpoint brings them."""
         place = self.bank.prototypes.device
-        if place.type == "meta" or self.assignment.is_meta:
+        if place.type == "meta" or self._entries()[0].is_meta:
             return
         for name in ("anchors", "anchor_inverse"):
             buffer = getattr(self, name)
@@ -336,6 +334,6 @@ class Codebook(AssignedBank):
 
 
 def _after_load(codebook: Codebook, incompatible_keys: object) -> None:
-    codebook._awaits_values = codebook.assignment.is_meta
+    codebook._awaits_values = codebook._entries()[0].is_meta
     codebook._give_anchors_a_place()
     codebook._choose_anchors()

@@ -162,8 +162,8 @@ class HypersphericalHead(Codebook):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Assignment and scale as at the start; the layers of the projection have a `reset_parameters` of their own."""
-        if not self.assignment.is_meta:
-            self.assign_(torch.arange(self.num_classes, device=self.assignment.device))
+        if not self._entries()[0].is_meta:
+            self._write(torch.arange(self.num_classes, device="cpu"), 1)
         self.logit_scale.fill_(self.initial_logit_scale)
 
     @torch.no_grad()
@@ -184,7 +184,7 @@ class HypersphericalHead(Codebook):
             >>> torch.equal(head.bank.prototypes, HypersphericalHead(8, 4, dim=3).bank.prototypes)
             True
         """
-        if self.assignment.is_meta:
+        if self._entries()[0].is_meta:
             raise AssignmentError('the head is on the device "meta". Call model.to_empty(device=...) first.')
         loaded = self._take_loaded() if self._awaits_values else {}
         if "bank.prototypes" not in loaded:  # else it may take long to build what is replaced at once
@@ -229,7 +229,7 @@ class HypersphericalHead(Codebook):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # transformers' word for being done with a module: what it has not loaded is memory that nothing was written to.
-        if name == LOADED and value and self._awaits_values and not self.assignment.is_meta:
+        if name == LOADED and value and self._awaits_values and not self._entries()[0].is_meta:
             self.reset_()
         if name in FIXED and self.__dict__.get(name, value) != value:
             raise ArgumentError(

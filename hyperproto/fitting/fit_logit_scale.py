@@ -87,9 +87,10 @@ def fit_logit_scale(model: nn.Module, loader: Iterable[Any], *, process_group: P
         logs = scales[interval].log()
         curve = CubicHermiteSpline(logs, slopes[interval], (scales * curvatures)[interval])
         scale = float(np.exp(curve.solve(0.0, extrapolate=False)[0]))
-    for head in heads:
-        share_first_(head.logit_scale.fill_(scale), process_group=process_group)
-    return float(heads[0].logit_scale)
+    with torch.no_grad():
+        for head in heads:
+            share_first_(head.logit_scale.fill_(scale), process_group=process_group)
+    return float(heads[0].logit_scale.detach())
 
 
 @torch.no_grad()
