@@ -44,6 +44,20 @@ SHORT = {
     ),
 }
 
+#: Columns of the tables of frozen features, by the names in their lines.
+FROZEN = (
+    "softmax",
+    "softmax of rank D",
+    "class vectors",
+    "fit_head",
+    "fit_head, then refit_head",
+    "warm start from softmax",
+    "softmax's logits cut to D components",
+    "three lines",
+    "three lines from fit_head",
+    "three lines from class vectors",
+)
+
 #: Column of the tables, key of the result lines.
 FIGURES = {
     "accuracy": "top1",
@@ -159,6 +173,40 @@ def correct_images(line: dict[str, Any]) -> np.ndarray:
     return np.unpackbits(np.frombuffer(bytes.fromhex(line["correct"]), dtype=np.uint8))
 
 
+def frozen_table(key: str, methods: tuple[str, ...]) -> str:
+    """A figure of heads on frozen features: one row for each number of images and dimension, one column a method."""
+    lines = cifar100.results_of("frozen")
+    rows = [["D", "images a class", "n", *methods], ["---"] * (3 + len(methods))]
+    for images in sorted({line["images"] for line in lines}):
+        for dim in sorted({line["dim"] for line in lines}, reverse=True):
+            cells = {
+                method: [
+                    line for line in lines if (line["images"], line["dim"], line["method"]) == (images, dim, method)
+                ]
+                for method in methods
+            }
+            number = max(len(found) for found in cells.values())
+            if number:
+                values = (shown(found, key) if len(found) == number else "-" for found in cells.values())
+                rows.append([str(dim), str(images), str(number), *values])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def differences(method: str, key: str) -> str:
+    """Mean difference of a method to what `key` says, with its standard error, for each number of images and D."""
+    lines = [line for line in cifar100.results_of("frozen") if line["method"] == method]
+    rows = [["D", "images a class", "n", "difference", "standard error"], ["---"] * 5]
+    for images in sorted({line["images"] for line in lines}):
+        for dim in sorted({line["dim"] for line in lines}, reverse=True):
+            pairs = [line[key] for line in lines if (line["images"], line["dim"]) == (images, dim)]
+            if pairs:
+                # The test images are the same for all seeds: their errors do not average out.
+                error = mean(error for _, error in pairs)
+                cells = (dim, images, len(pairs), f"{mean(gap for gap, _ in pairs):+.1f}", f"{error:.1f}")
+                rows.append([str(cell) for cell in cells])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
 def put(path: Path, mark: str, text: str) -> None:
     """Replace what stands in a file between a mark and the next `<!-- end -->`."""
     before, rest = path.read_text().split(f"<!-- {mark} -->\n")
@@ -172,6 +220,10 @@ def main() -> None:
     for suite in ("scratch", "frozen"):
         put(SCALES, suite, scale_table(suite))
     put(PAGE, "finetuned", finetuned_table())
+    put(PAGE, "frozen", frozen_table("top1", FROZEN))
+    put(PAGE, "frozen calibration", frozen_table("calibration_error", FROZEN[:5]))
+    put(PAGE, "frozen peer", differences("class vectors", "minus_peer"))
+    put(PAGE, "frozen full", differences("class vectors", "minus_full"))
     for suite in SHORT:
         put(README, suite, short_table(suite))
 

@@ -29,7 +29,7 @@ from hyperproto.fitting.compress_head import compress_head
 from hyperproto.fitting.fit_head import fit_head
 from hyperproto.fitting.fit_logit_scale import fit_logit_scale
 from hyperproto.fitting.refit_head import refit_head
-from hyperproto.fitting.report import HeadFit
+from hyperproto.fitting.report import HeadFit, HeldOut
 from hyperproto.head import HypersphericalHead
 from hyperproto.heads import get_heads
 from hyperproto.losses import BalancedLoss, LongTailLoss, PrototypeCrossEntropyLoss
@@ -53,6 +53,7 @@ __all__ = [
     "DynamicAssigner",
     "HeadFit",
     "HeadNotFoundError",
+    "HeldOut",
     "HyperprotoError",
     "HyperprotoWarning",
     "HypersphericalHead",
@@ -81,4 +82,4 @@ __all__ = [
 
 # Reports may lie beside the weights in a checkpoint, which `torch.load` reads with `weights_only=True`.
 # Bytes are what empty ones are written as by the protocol that it takes.
-torch.serialization.add_safe_globals([AssignmentSolution, AssignmentStep, BankReport, HeadFit, bytes])
+torch.serialization.add_safe_globals([AssignmentSolution, AssignmentStep, BankReport, HeadFit, HeldOut, bytes])

@@ -207,7 +207,7 @@ class HypersphericalHead(Codebook):
                 delattr(value, LOADED)
         return loaded
 
-    def like(self, bank: PrototypeBank, *, logit_scale: float) -> "HypersphericalHead":
+    def like(self, bank: PrototypeBank, *, logit_scale: float | None) -> "HypersphericalHead":
         """A fresh head of the same kind and options on another bank, with projection "linear+bn"."""
         head = type(self)(
             self.in_features,

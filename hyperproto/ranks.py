@@ -62,41 +62,6 @@ def check_member(process_group: ProcessGroup | None) -> None:
         )
 
 
-class GroupHandle:
-    """Holds a process group for a module: a copy of the module has the same group, a pickle has none.
-
-    Attributes:
-        group: the ranks, or None for all of them.
-        was_lost: whether it comes from a pickle of some ranks.
-    """
-
-    def __init__(self, group: ProcessGroup | None, *, was_lost: bool = False) -> None:
-        self.group = group
-        self.was_lost = was_lost
-
-    def check(self) -> None:
-        """Raise where it is not known which ranks are meant.
-
-        Raises:
-            ArgumentError: the group was lost in a pickle, and there are ranks.
-        """
-        if self.was_lost and has_ranks():
-            raise ArgumentError(
-                "this assigner was pickled with a process group, which no pickle can hold. Say which ranks share out "
-                "the data before the next step: assigner.process_group = group, or None for all of them."
-            )
-
-    def __deepcopy__(self, memo: object) -> GroupHandle:
-        return self
-
-    def __reduce__(self) -> tuple[Callable[[bool], GroupHandle], tuple[bool]]:
-        return _unpickled_handle, (self.was_lost or self.group is not None,)
-
-
-def _unpickled_handle(was_lost: bool) -> GroupHandle:
-    return GroupHandle(None, was_lost=was_lost)
-
-
 @contextmanager
 def agreement(
     device: torch.device, *, advice: str = "", process_group: ProcessGroup | None = None
@@ -264,6 +229,26 @@ def add_up_ranks(tensors: list[Tensor], device: torch.device, *, process_group: 
         dist.all_reduce(flat, group=process_group)
         for tensor, part in zip(alike, torch.split(flat, [tensor.numel() for tensor in alike]), strict=True):
             tensor.copy_(part.view_as(tensor))
+
+
+def gather_rows(rows: Tensor, device: torch.device, *, process_group: ProcessGroup | None = None) -> Tensor:
+    """The rows (N, ...) of all ranks, as many as each has, one rank's behind the other's.
+
+    Args:
+        rows: of one width and dtype on all ranks.
+        device: where the collectives take place; the rows may lie elsewhere.
+        process_group: the ranks.
+    """
+    if not has_ranks(process_group):
+        return rows
+    rank = dist.get_rank(process_group)
+    sizes = torch.zeros(dist.get_world_size(process_group), dtype=torch.int64, device=rows.device)
+    sizes[rank] = len(rows)
+    add_up_ranks([sizes], device, process_group=process_group)
+    gathered, start = rows.new_zeros(int(sizes.sum()), *rows.shape[1:]), int(sizes[:rank].sum())
+    gathered[start : start + len(rows)] = rows
+    add_up_ranks([gathered], device, process_group=process_group)
+    return gathered
 
 
 def shared_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -12,10 +12,10 @@ from hyperproto.arguments import share
 from hyperproto.checkpoint import check_format, format_version, stamp_format_
 from hyperproto.class_means import update_by_labels_, update_by_weights_
 from hyperproto.errors import ArgumentError, CheckpointError, ShapeError
+from hyperproto.group_handle import GroupHandle
 from hyperproto.precision import full_precision, keeping_dtype, widest_float
 from hyperproto.ranks import (
     Fact,
-    GroupHandle,
     ProcessGroup,
     add_up_ranks,
     bit_of_this_rank,

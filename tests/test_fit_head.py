@@ -651,3 +651,40 @@ def test_one_large_sample_does_not_blind_a_fit():
     features, labels = clouds(5, 16, apart=4.0, per_class=40)
     features[7] *= 1e4
     assert fit_head(make_head(5, 16, 4, bank="simplex"), batched(features, labels)).accuracy > 0.95
+
+
+# Prototypes from the data
+
+
+def test_class_vectors_beat_prototypes_that_know_nothing_of_the_classes():
+    features, labels = clouds(20, 32, apart=1.0, per_class=120)
+    seen, unseen = slice(0, 800), slice(800, None)
+    accuracies = {}
+    for bank in (None, "class-vectors"):
+        model = nn.Sequential(make_head(20, 32, 4, bank="auto"))
+        old = model[0]
+        fit = fit_head(model, batched(features[seen], labels[seen]), bank=bank)
+        accuracies[bank] = float((predictions(model, features[unseen]) == labels[unseen]).float().mean())
+        assert (model[0] is old) == (bank is None)
+        assert (model[0].dim, model[0].num_classes) == (4, 20)
+        check_assignment(model[0])
+        assert fit.accuracy == pytest.approx(
+            float((predictions(model, features[seen]) == labels[seen]).float().mean()), abs=1e-6
+        )
+    assert accuracies["class-vectors"] > accuracies[None]
+    assert fit.held_out.is_better
+
+
+def test_more_dimensions_than_labels_take_class_vectors_too():
+    features, labels = clouds(4, 12, per_class=60)
+    model = nn.Sequential(make_head(4, 12, 9))
+    assert fit_head(model, batched(features, labels), bank="class-vectors").accuracy > 0.95
+    assert model[0].dim == 9
+
+
+def test_a_bank_of_another_name_or_for_a_bare_head_is_refused():
+    features, labels = clouds(4, 12)
+    with pytest.raises(ArgumentError, match="bank must be one of 'class-vectors'"):
+        fit_head(nn.Sequential(make_head(4, 12, 3)), [(features, labels)], bank="simplex")
+    with pytest.raises(ArgumentError, match="bare head"):
+        fit_head(make_head(4, 12, 3), [(features, labels)], bank="class-vectors")

@@ -1,8 +1,8 @@
 """Heads fitted to a trained backbone's features once more: what is minimised, what moves, what the new head is."""
 
 import copy
+import dataclasses
 import io
-import warnings
 
 import numpy as np
 import pytest
@@ -22,7 +22,6 @@ from hyperproto import (
     BalancedLoss,
     DynamicAssigner,
     HeadNotFoundError,
-    HyperprotoWarning,
     HypersphericalHead,
     LabelError,
     PrototypeBank,
@@ -32,6 +31,7 @@ from hyperproto import (
     convert_model,
     describe,
     fit_head,
+    fit_logit_scale,
     get_heads,
     refit_head,
     restore_model,
@@ -39,11 +39,13 @@ from hyperproto import (
 )
 from hyperproto.affine import affine
 from hyperproto.conversion.channels import ChannelsFirstHead
-from hyperproto.fitting import compress_head as compress_module
 from hyperproto.fitting import data
-from hyperproto.fitting import refit_head as module
 from hyperproto.fitting.components import principal_components
-from hyperproto.fitting.lbfgs import minimise
+from hyperproto.fitting.hand_over import start_with_prototypes
+from hyperproto.fitting.held_out import held_out, sample_keys
+from hyperproto.fitting.lbfgs import Samples
+from hyperproto.fitting.teacher import first_teacher, refined
+from hyperproto.fitting.unit_head import Coordinates
 from hyperproto.testing import SEEDS, check_assignment, check_bank
 
 
@@ -68,6 +70,10 @@ def overlapping(num_classes: int = 6, width: int = 8, **options: object) -> tupl
     return features[kept], labels[kept]
 
 
+def weighed(batches: list[tuple[torch.Tensor, torch.Tensor]], num_classes: int) -> Samples:
+    return Samples.weighed(batches, num_classes, torch.device("cpu"), alike=True, process_group=None)
+
+
 # What is minimised
 
 
@@ -79,35 +85,153 @@ def test_least_squares_in_closed_form():
     def squares(rows: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         return (rows @ weight.T - F.one_hot(own, 6)).square().sum(dim=1)
 
-    minimise(squares, [weight], batched(features, labels), num_classes=6, iterations=200)
+    samples = weighed(batched(features, labels), 6)
+    samples.descend(squares, [weight], iterations=200, at_a_time=50, smallest_gain=0.0)
     counts = np.bincount(labels.numpy())
     root = np.sqrt(1.0 / counts[labels.numpy()])[:, None]
     expected = np.linalg.lstsq(root * features.numpy(), root * np.eye(6)[labels.numpy()], rcond=None)[0]
     np.testing.assert_allclose(weight.detach().numpy(), expected.T, atol=2e-4)
 
 
-@pytest.mark.parametrize("projection", ["linear", "linear+bn"])
-def test_a_refit_minimises_the_cross_entropy_over_the_cosines(projection, monkeypatch):
+def coordinates_of(found: data.HeldFeatures) -> Coordinates:
+    return Coordinates.of_samples(found.scatters[0], found.all(0, classes_alike=True), centred=True)
+
+
+def held(features: torch.Tensor, labels: torch.Tensor, num_classes: int = 6) -> data.HeldFeatures:
+    model = nn.Sequential(make_head(num_classes, features.shape[1], 4))
+    return data.HeldFeatures(model, (model[0],), batched(features, labels), process_group=None)
+
+
+def test_the_teacher_is_the_penalised_softmax():
+    """Of full rank the penalty on two factors is one on the singular values of their product, which is convex."""
     features, labels = overlapping()
-    head = make_head(6, 8, 4, projection=projection)
-    head.assign_(torch.tensor([3, 1, 0, 5, 4, 2]))
-    losses = []
+    found = held(features, labels)
+    samples, penalty = found.all(0, classes_alike=True), 0.02
+    coordinates = coordinates_of(found)
+    teacher = dataclasses.replace(first_teacher(coordinates, samples, 6, rank=6), penalty=penalty)
+    teacher = refined(teacher, samples, torch.zeros(6), iterations=2000, smallest_gain=0.0)
 
-    def spy(loss, parameters, batches, **options):
-        minimise(loss, parameters, batches, **options)
-        losses.append(torch.cat([loss(*batch) for batch in batches]))
+    x = features.double().numpy()
+    share = 1.0 / np.bincount(labels.numpy())[labels.numpy()] / 6
+    x -= share @ x
+    x /= np.sqrt(share @ np.square(x).mean(axis=1))
 
-    monkeypatch.setattr(module, "minimise", spy)
-    means = [class_mean_loss(head, features, labels, 12.0)]
-    for iterations in (1, 10, 100):
-        again = copy.deepcopy(head).train()
-        refit_head(again, batched(features, labels), scale=12.0, iterations=iterations)
-        means.append(class_mean_loss(again, features, labels, 12.0))
-    cosines = (again(features) / again.logit_scale).double().numpy(force=True)
-    expected = np.logaddexp.reduce(12.0 * cosines, axis=1) - 12.0 * cosines[np.arange(len(labels)), labels.numpy()]
-    np.testing.assert_allclose(losses[-1].numpy(force=True), expected, rtol=1e-4, atol=1e-5)
-    assert sorted(means, reverse=True) == means
-    assert means[-1] < 0.8 * means[0]
+    def objective(weight: np.ndarray, bias: np.ndarray) -> float:
+        logits = x @ weight.T + bias
+        losses = np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(x)), labels.numpy()]
+        singular_values = np.linalg.svd(weight, compute_uv=False)
+        return float(share @ losses + penalty * singular_values.sum() + 0.5 * penalty * bias @ bias)
+
+    weight, bias = (teacher.vectors @ teacher.matrix).double().numpy(), teacher.bias.double().numpy()
+    reached = objective(weight, bias)
+    generator = np.random.default_rng(0)
+    for length in (1e-1, 1e-2):
+        for _ in range(50):
+            step = length * generator.normal(size=weight.shape), length * generator.normal(size=bias.shape)
+            assert objective(weight + step[0], bias + step[1]) > reached - 1e-6
+    for share_of_it in (0.9, 0.99, 1.01, 1.1):
+        assert objective(share_of_it * weight, bias) > reached
+
+
+@pytest.mark.parametrize("dim", [5, 6, 8])
+def test_on_a_simplex_classes_start_ranked_as_by_the_teacher(dim):
+    features, labels = overlapping()
+    found = held(features, labels)
+    coordinates = coordinates_of(found)
+    teacher = first_teacher(coordinates, found.all(0, classes_alike=True), 6, rank=dim)
+    teacher = dataclasses.replace(teacher, bias=normal(6))
+    prototypes = PrototypeBank(6, dim).prototypes[torch.tensor([3, 1, 0, 5, 4, 2])]
+    cosines = start_with_prototypes(teacher, prototypes, intercept=True).cosines(features)
+    assert torch.equal(cosines.argsort(dim=1), teacher.logits(features).argsort(dim=1))
+
+
+@pytest.mark.parametrize("dim", [6, 3])
+@pytest.mark.parametrize("projection", ["linear", "linear+bn"])
+def test_a_refit_is_better_on_samples_that_nobody_has_seen(projection, dim):
+    features, labels = clouds(6, 24, apart=0.7, per_class=400)
+    seen, unseen = slice(0, 240), slice(240, None)
+    for start in (lambda head: None, lambda head: fit_head(head, [(features[seen], labels[seen])])):
+        head = make_head(6, 24, dim, projection=projection)
+        start(head)
+        before = class_mean_loss(
+            head, features[unseen], labels[unseen], fit_scale(head, features[unseen], labels[unseen])
+        )
+        refit_head(head, batched(features[seen], labels[seen]))
+        after = class_mean_loss(
+            head, features[unseen], labels[unseen], fit_scale(head, features[unseen], labels[unseen])
+        )
+        assert after < before + 0.05
+
+
+def fit_scale(head: HypersphericalHead, features: torch.Tensor, labels: torch.Tensor) -> float:
+    return fit_logit_scale(copy.deepcopy(head), [(features, labels)])
+
+
+# What is held out
+
+
+@given(seed=SEEDS, sizes=st.lists(st.integers(0, 35), min_size=2, max_size=6))
+@settings(max_examples=30)
+def test_a_tenth_of_each_class_is_held_out_and_none_of_small_ones(seed, sizes):
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    keys = sample_keys(normal(len(labels), 5, seed=seed))
+    chosen = held_out(keys, labels, torch.device("cpu"))
+    assert [int(chosen[labels == c].sum()) for c in range(len(sizes))] == [(size + 4) // 10 for size in sizes]
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(held_out(keys[order], labels[order], torch.device("cpu")), chosen[order])
+
+
+def test_equal_samples_are_on_one_side():
+    features, labels = overlapping()
+    chosen = held_out(sample_keys(features), labels, torch.device("cpu"))
+    twice = held_out(sample_keys(features.repeat(2, 1)), labels.repeat(2), torch.device("cpu"))
+    assert torch.equal(twice, chosen.repeat(2))
+    assert 0 < int(chosen.sum()) < len(chosen)
+
+
+def test_classes_that_are_all_small_are_fitted_without_a_judge():
+    features, labels = clouds(6, 8, per_class=5)
+    head = make_head(6, 8, 6)
+    fit = refit_head(head, batched(features, labels))
+    assert fit.held_out is None
+    assert fit.accuracy > 0.95
+
+
+def test_the_report_says_what_was_held_out_and_what_it_says():
+    features, labels = overlapping()
+    fit = refit_head(make_head(6, 8, 6), batched(features, labels))
+    chosen = held_out(sample_keys(features), labels, torch.device("cpu"))
+    assert fit.held_out.num_samples == int(chosen.sum())
+    assert fit.held_out.is_better
+    assert not fit.held_out.was_seen
+    assert fit.held_out.accuracy > fit.held_out.accuracy_before
+    assert fit.held_out.log_loss < fit.held_out.log_loss_before
+    assert "samples held out: accuracy" in str(fit)
+
+
+def test_a_head_of_more_data_stays_as_it_is():
+    features, labels = clouds(10, 40, apart=0.3, per_class=1000)
+    head = make_head(10, 40, 10, bank="simplex")
+    fit_head(head, batched(features[2000:], labels[2000:]))
+    before = copy.deepcopy(head.state_dict())
+    fit = refit_head(head, batched(features[:300], labels[:300]))
+    assert not fit.held_out.is_better
+    assert_same_state(head, before)
+
+
+def test_class_counts_stand_for_labels_that_count_alike():
+    features, labels = overlapping(per_class=200)
+    alike, adjusted, plain = (make_head(6, 8, 6, bank="simplex") for _ in range(3))
+    refit_head(alike, batched(features, labels))
+    refit_head(adjusted, batched(features, labels), class_counts=labels.bincount())
+    refit_head(plain, batched(features, labels), class_counts=[1] * 6)
+
+    def predicted(head: HypersphericalHead) -> np.ndarray:
+        return np.bincount(head(features).argmax(dim=1).numpy(), minlength=6)
+
+    # The first class is the most frequent one.
+    assert predicted(plain)[0] > predicted(alike)[0]
+    assert predicted(plain)[0] > predicted(adjusted)[0]
 
 
 @given(seed=SEEDS, repeats=st.integers(2, 4), label=st.integers(0, 4))
@@ -119,7 +243,7 @@ def test_repeating_the_samples_of_a_class_changes_nothing(seed, repeats, label):
     plain, other = make_head(5, 8, 4), make_head(5, 8, 4)
     refit_head(plain, batched(features, labels), iterations=5)
     refit_head(other, batched(*repeated), iterations=5)
-    assert_same_state(other, plain, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(other.embed(features), plain.embed(features), atol=1e-3, rtol=0)
 
 
 @given(seed=SEEDS, size=st.integers(1, 200))
@@ -134,34 +258,20 @@ def test_batches_and_their_order_do_not_matter(seed, size):
     assert (second.num_samples, second.unseen) == (first.num_samples, first.unseen) == (len(labels), ())
 
 
-@pytest.mark.parametrize(("limit", "rows"), [({"BATCH_NUMBERS": 8 * 30}, 30), ({"BATCH_ROWS": 25}, 25)])
-def test_features_are_regrouped_to_bound_memory(limit, rows, monkeypatch):
-    features, labels = overlapping()
-    sizes = []
-
-    def spy(loss, parameters, batches, **options):
-        sizes.extend(len(own) for _, own in batches)
-
-    monkeypatch.setattr(module, "minimise", spy)
+@pytest.mark.parametrize(
+    ("num_classes", "limit", "rows"),
+    [(6, {"BATCH_NUMBERS": 8 * 30}, 30), (6, {"BATCH_ROWS": 25}, 25), (20, {"BATCH_NUMBERS": 20 * 30}, 30)],
+)
+def test_features_are_regrouped_to_bound_memory(num_classes, limit, rows, monkeypatch):
+    """Eight features: with twenty classes it is the cosines that take the memory."""
     for name, value in limit.items():
         monkeypatch.setattr(data, name, value)
-    refit_head(make_head(6, 8, 4), batched(features, labels, size=7))  # eight features, six classes
-    assert sum(sizes) == len(labels)
-    assert set(sizes[:-1]) == {rows}
-
-
-def test_batches_are_bounded_by_the_cosines_of_many_classes_too(monkeypatch):
     features, labels = overlapping()
-    sizes = []
-
-    def spy(loss, parameters, batches, **options):
-        sizes.extend(len(own) for _, own in batches)
-
-    monkeypatch.setattr(module, "minimise", spy)
-    monkeypatch.setattr(data, "BATCH_NUMBERS", 20 * 30)
-    refit_head(make_head(20, 8, 4), batched(features, labels, size=7))  # eight features, twenty classes
+    head = make_head(num_classes, 8, 4)
+    found = data.HeldFeatures(head, (head,), batched(features, labels, size=7), process_group=None)
+    sizes = [len(own) for _, own in found.all(0, classes_alike=True).batches]
     assert sum(sizes) == len(labels)
-    assert set(sizes[:-1]) == {30}
+    assert rows / 2 < max(sizes) <= rows
 
 
 # What moves
@@ -180,7 +290,6 @@ def test_a_refit_moves_the_projection_and_nothing_else(projection):
     before, modes = copy.deepcopy(model.state_dict()), [each.training for each in model.modules()]
     loader = DataLoader(TensorDataset(features, labels), batch_size=32, shuffle=True)
     state = torch.get_rng_state()
-    loss = class_mean_loss(copy.deepcopy(head), head_features(model, features), labels, 16.0)
     with torch.no_grad():  # as many evaluation functions are
         fit = refit_head(model, loader)
     assert torch.equal(torch.get_rng_state(), state)
@@ -189,18 +298,10 @@ def test_a_refit_moves_the_projection_and_nothing_else(projection):
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     trains = {f"2.{name}" for name, _ in head.named_parameters()}
     assert changed == trains | {"2.logit_scale"}
-    assert float(head.logit_scale) == 16.0
     assert all(value is parameters[name] for name, value in model.named_parameters())
     assert all(torch.equal(value.grad, gradients[name]) for name, value in model.named_parameters())
-    rows = head_features(model, features)
-    assert class_mean_loss(copy.deepcopy(head), rows, labels, 16.0) < 0.9 * loss
     right = float((model.eval()(features).argmax(dim=1) == labels).float().mean())
     assert fit.accuracy == pytest.approx(right, abs=1e-6)
-
-
-def head_features(model: nn.Sequential, inputs: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model[:2](inputs)
 
 
 def test_the_same_data_give_the_same_head():
@@ -243,18 +344,24 @@ def test_models_of_timm(name):
     size = 160 if name == "test_vit" else 64
     colours = normal(4, 3)[labels][:, :, None, None]
     loader = batched(colours + 0.1 * normal(24, 3, size, size), labels, size=8)
-    assert refit_head(model, loader, iterations=30).accuracy == 1.0
+
+    @torch.no_grad()
+    def accuracy() -> float:
+        right = [(model.eval()(images).argmax(dim=1) == own).float().mean() for images, own in loader]
+        return float(torch.stack(right).mean())
+
+    # Six samples of each class; a penalty may give one up.
+    reported = refit_head(model, loader, iterations=30).accuracy
+    assert accuracy() > 0.9
     heads = list(get_heads(model).values())
-    with torch.no_grad():
-        assert all(torch.equal(model.eval()(images).argmax(dim=1), own) for images, own in loader)
     if len(heads) > 1:
         assert not torch.equal(heads[0].projection[0].weight, heads[1].projection[0].weight)
         with pytest.raises(ArgumentError, match="expected a model with one head, got 2"):
             compress_head(model, loader, dim=2)
     else:
-        assert compress_head(model, loader, dim=2, iterations=30).accuracy == 1.0
-        with torch.no_grad():
-            assert all(torch.equal(model(images).argmax(dim=1), own) for images, own in loader)
+        assert reported == pytest.approx(accuracy())
+        assert compress_head(model, loader, dim=2, iterations=30).accuracy == pytest.approx(accuracy())
+        assert accuracy() > 0.9
 
 
 def test_channels_first_and_tokens_are_rows():
@@ -272,21 +379,17 @@ def test_channels_first_and_tokens_are_rows():
     assert_same_state(maps, plain, atol=1e-3, rtol=1e-3)
 
 
-def test_kept_features_do_not_keep_what_they_are_views_of(monkeypatch):
-    kept = []
-
-    def spy(loss, parameters, batches, **options):
-        kept.extend(rows.untyped_storage().nbytes() / rows.nbytes for rows, _ in batches)
-
+def test_kept_features_do_not_keep_what_they_are_views_of():
     class FirstToken(nn.Module):
         def forward(self, tokens: torch.Tensor) -> torch.Tensor:
             return tokens[:, 0]
 
-    monkeypatch.setattr(module, "minimise", spy)
     features, labels = overlapping()
+    model = nn.Sequential(FirstToken(), make_head(6, 8, 4))
     tokens = features[:, None].repeat(1, 9, 1)
-    refit_head(nn.Sequential(FirstToken(), make_head(6, 8, 4)), [(tokens, labels)], iterations=1)
-    assert kept == [1.0]
+    found = data.HeldFeatures(model, (model[1],), [(tokens, labels)], process_group=None)
+    batches = found.all(0, classes_alike=True).batches
+    assert all(rows.untyped_storage().nbytes() == rows.nbytes for rows, _ in batches)
 
 
 @given(sizes=st.lists(st.integers(0, 9), max_size=6), size=st.integers(1, 7))
@@ -340,31 +443,37 @@ def test_the_start_is_the_principal_components_of_the_linear_logits():
         head.projection[1].bias.uniform_(-1.0, 1.0)
         found = data.HeldFeatures(nn.Sequential(head), (head,), batched(features, labels), process_group=None)
         to_logits = head.class_prototypes.double() @ affine(head.projection, head.in_features)[0]
-        projection, vectors = principal_components(to_logits, found.scatters[0], dim=2)
+        coordinates = coordinates_of(found)
+        start = principal_components(to_logits, found.scatters[0], 2, coordinates)
         logits = (head.projection(features) @ head.class_prototypes.T).double().numpy()
-        coordinates = projection(features).double().numpy()
+        components = (coordinates.project(features, start.matrix) + start.offset).double().numpy()
     centred = logits - logits.mean(axis=0)
     _, _, directions = np.linalg.svd(centred, full_matrices=False)
     expected = centred @ directions[:2].T @ directions[:2]
-    np.testing.assert_allclose(coordinates @ vectors.detach().double().numpy().T, expected, atol=1e-3)
-    np.testing.assert_allclose(np.cov(coordinates.T), np.eye(2), atol=1e-2)
+    np.testing.assert_allclose(components @ start.vectors.double().numpy().T, expected, atol=1e-3)
+    np.testing.assert_allclose(np.cov(components.T), np.eye(2), atol=1e-2)
     assert np.abs(expected - centred).max() > 0.1
 
 
 @pytest.mark.parametrize("dim", [2, 3])
 def test_a_compressed_head_beats_its_start_and_a_bank_that_knows_nothing(dim):
-    features, labels = overlapping(apart=1.0)
-    losses = {}
-    for iterations in (1, 100):
-        model = nn.Sequential(make_head(6, 8, 6, bank="simplex"))
-        refit_head(model, batched(features, labels), iterations=20)
-        fit = compress_head(model, batched(features, labels), dim=dim, iterations=iterations)
-        losses[iterations] = class_mean_loss(model[0], features, labels, 16.0)
-    blind = make_head(6, 8, dim)
-    refit_head(blind, batched(features, labels), iterations=100)
-    assert losses[100] < 0.95 * losses[1]
-    assert losses[100] < 0.95 * class_mean_loss(blind, features, labels, 16.0)
-    right = float((model(features).argmax(dim=1) == labels).float().mean())
+    features, labels = clouds(8, 24, apart=1.0, per_class=400)
+    seen, unseen = slice(0, 400), slice(400, None)
+    loader = batched(features[seen], labels[seen])
+
+    def accuracy(head: nn.Module) -> float:
+        return float((head(features[unseen]).argmax(dim=1) == labels[unseen]).float().mean())
+
+    model, blind = nn.Sequential(make_head(8, 24, 8, bank="simplex")), make_head(8, 24, dim)
+    fit_head(model, loader)
+    found = data.HeldFeatures(model, (model[0],), loader, process_group=None)
+    to_logits = model[0].class_prototypes.double() @ affine(model[0].projection, 24)[0]
+    start = principal_components(to_logits, found.scatters[0], dim, coordinates_of(found))
+    started = float((start.cosines(features[unseen]).argmax(dim=1) == labels[unseen]).float().mean())
+    fit = compress_head(model, loader, dim=dim)
+    refit_head(blind, loader)
+    assert accuracy(model) > max(started - 0.01, accuracy(blind) + 0.1)
+    right = float((model(features[seen]).argmax(dim=1) == labels[seen]).float().mean())
     assert fit.accuracy == pytest.approx(right, abs=1e-6)
 
 
@@ -448,10 +557,9 @@ def test_heads_over_channels_stay_so():
 def test_more_dimensions_than_the_features_have():
     features, labels = overlapping(8, width=4)
     model = nn.Sequential(make_head(8, 4, 8, bank="simplex"))
-    before = class_mean_loss(model[0], features, labels, 16.0)
-    compress_head(model, batched(features, labels), dim=8)
+    before = float((model(features).argmax(dim=1) == labels).float().mean())
+    assert compress_head(model, batched(features, labels), dim=8).accuracy > before + 0.05
     assert torch.isfinite(model[0].projection[0].weight).all()
-    assert class_mean_loss(model[0], features, labels, 16.0) < before
 
 
 def test_labels_without_samples():
@@ -500,9 +608,10 @@ def test_data_in_error_leave_the_model_as_it_was(dim, data, error, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"scale": 0.0}, "scale > 0, got 0.0"),
-        ({"scale": float("inf")}, "scale > 0, got inf"),
-        ({"iterations": 0}, "at least 1 iteration, got 0"),
+        ({"scale": 0.0}, "scale must be .* positive in float32, got 0.0"),
+        ({"scale": float("inf")}, "scale must be .* finite .*, got inf"),
+        ({"iterations": 0}, "iterations to be .* at least 1, got iterations=0"),
+        ({"class_counts": [1, 2, 0, 4]}, "class_counts must be positive"),
     ],
 )
 def test_options_out_of_range(options, words):
@@ -515,7 +624,7 @@ def test_options_out_of_range(options, words):
 
 @pytest.mark.parametrize("dim", [1, 5])
 def test_dimensions_out_of_range(dim):
-    with pytest.raises(ArgumentError, match=f"from 2 to the number of classes, 4, got {dim}"):
+    with pytest.raises(ArgumentError, match=rf"dim to be a whole number \(int\) in \[2, 4\], got dim={dim}"):
         compress_head(nn.Sequential(make_head(4, 6, 4)), batched(*clouds(4, 6)), dim=dim)
 
 
@@ -596,25 +705,22 @@ def separable(projection: str = "linear+bn", width: int = 16) -> tuple[Hypersphe
 @pytest.mark.parametrize("projection", ["linear", "linear+bn"])
 @given(seed=SEEDS, shift=st.sampled_from([0.0, 10.0, 3000.0]), exponent=st.integers(-30, 12))
 @settings(max_examples=15)
-def test_a_refit_is_no_worse_than_before_and_than_least_squares_or_says_so(projection, seed, shift, exponent):
+def test_a_refit_tells_apart_what_can_be_wherever_it_lies_or_is_refused(projection, seed, shift, exponent):
     head, features, labels = separable(projection)
     features = 10.0**exponent * (features + shift * normal(16, seed=seed))
-    before = class_mean_loss(copy.deepcopy(head), features, labels, 16.0)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            fit = refit_head(head, batched(features, labels), iterations=20)
-        except ArgumentError:
-            return
+    try:
+        fit = refit_head(head, batched(features, labels), iterations=20)
+    except ArgumentError:
+        return
     assert all(torch.isfinite(value).all() for value in head.state_dict().values())
-    assert class_mean_loss(head, features, labels, 16.0) <= before * (1 + 1e-5)
-    assert caught or fit.accuracy == 1.0
+    # Without an intercept only directions count, and far from zero these are all alike.
+    assert fit.accuracy == 1.0 or (projection == "linear" and shift == 3000.0)
 
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf, 1.0])
 @pytest.mark.parametrize("compress", [False, True])
 def test_what_comes_out_of_lbfgs_worse_is_not_written(compress, broken, monkeypatch):
-    def spoil(loss, parameters, batches, **options):
+    def spoil(self, loss, parameters, **options):
         with torch.no_grad():
             for each in parameters:
                 each.fill_(broken)
@@ -622,26 +728,17 @@ def test_what_comes_out_of_lbfgs_worse_is_not_written(compress, broken, monkeypa
     head, features, labels = separable()
     model = nn.Sequential(head)
     fit_head(model, batched(features, labels))
-    monkeypatch.setattr(compress_module if compress else module, "minimise", spoil)
-    before = {name: value.clone() for name, value in head.projection.state_dict().items()}
+    monkeypatch.setattr(Samples, "descend", spoil)
+    before = copy.deepcopy(head.state_dict())
     if compress:
         fit = compress_head(model, batched(features, labels), dim=4)
-        assert fit.accuracy == 1.0
         assert all(torch.isfinite(value).all() for value in model.state_dict().values())
     else:
-        with torch.no_grad():  # nothing is better than this in closed form
-            monkeypatch.setattr(module, "least_squares", lambda projection, *_, **__: projection.state_dict())
-        with pytest.warns(HyperprotoWarning) as caught:
-            assert refit_head(model, batched(features, labels)).accuracy == 1.0
-        assert any("the present one stays" in str(each.message) for each in caught)
-        assert_same_state(head.projection, before)
-
-
-def test_samples_that_are_all_told_apart_already_show_no_gain():
-    head, features, labels = separable()
-    fit_head(head, batched(features, labels))
-    with pytest.warns(HyperprotoWarning, match="held-out"):
-        refit_head(head, batched(features, labels), iterations=3)
+        fit = refit_head(model, batched(features, labels))
+        assert_same_state(head, before)
+    assert fit.accuracy == 1.0
+    assert not fit.held_out.is_better
+    assert "what there was stays" in str(fit)
 
 
 @pytest.mark.parametrize("compress", [False, True])
@@ -656,7 +753,7 @@ def test_fits_work_in_inference_mode(compress):
     assert not any(value.is_inference() for value in model.state_dict().values())
 
 
-@pytest.mark.parametrize("options", [{"scale": "16"}, {"scale": None}, {"iterations": "5"}, {"iterations": 2.5}])
+@pytest.mark.parametrize("options", [{"scale": "16"}, {"iterations": "5"}, {"iterations": 2.5}])
 def test_options_of_another_type(options):
     head, features, labels = separable()
     model = nn.Sequential(head)
@@ -664,5 +761,5 @@ def test_options_of_another_type(options):
         refit_head(model, batched(features, labels), **options)
     with pytest.raises(ArgumentError, match=next(iter(options))):
         compress_head(model, batched(features, labels), dim=2, **options)
-    with pytest.raises(ArgumentError, match="dim, a whole number"):
+    with pytest.raises(ArgumentError, match="dim to be a whole number"):
         compress_head(model, batched(features, labels), dim=5 / 2)

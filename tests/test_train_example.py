@@ -167,7 +167,7 @@ def test_a_final_head_is_made_again_after_a_kill(folder, tmp_path, monkeypatch, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        for module, name in ((train, "fit_softmax"), (refit_head, "minimise"), (compress_head, "minimise")):
+        for module, name in ((train, "fit_softmax"), (refit_head, "fit_unit_head"), (compress_head, "fit_unit_head")):
             patch.setattr(module, name, kill)
         with pytest.raises(KeyboardInterrupt):
             run(folder, tmp_path / "killed.jsonl", *flags, "--output", str(tmp_path / "killed"))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 
-from hyperproto import ArgumentError, AssignmentError, HypersphericalHead, PrototypeBank, ShapeError
+from hyperproto import ArgumentError, AssignmentError, HypersphericalHead, PrototypeBank, ShapeError, convert_model
 from hyperproto.conversion.warm_start import warm_start_
 from hyperproto.matching.procrustes import align
 from hyperproto.matching.swaps import swap_to_agree
@@ -313,3 +313,37 @@ def test_swaps_end_where_no_swap_gains(seed, num, dim):
 def test_alignment_refuses_what_it_cannot_align(vectors, prototypes, error, words):
     with pytest.raises(error, match=words):
         align(vectors, prototypes)
+
+
+# Prototypes of the trained class vectors
+
+
+@pytest.mark.parametrize("num_classes", [None, 30])
+def test_a_warm_start_brings_the_bank_that_its_classifier_fits_on(num_classes):
+    torch.manual_seed(0)
+    classifier = nn.Linear(40, 30)
+    with torch.no_grad():  # classes in groups
+        classifier.weight.add_(0.3 * torch.randn(6, 40).repeat_interleave(5, dim=0))
+    models = {}
+    for bank in ("auto", "separated"):
+        model = nn.Sequential(copy.deepcopy(classifier))
+        models[bank] = convert_model(
+            model, classifier="0", dim=10, num_classes=num_classes, bank=bank, warm_start=True
+        ).eval()
+    features = torch.randn(2000, 40)
+    expected = classifier(features).argmax(dim=1)
+    kept = {bank: float((model(features).argmax(dim=1) == expected).float().mean()) for bank, model in models.items()}
+    assert models["auto"][0].bank.method == "class vectors"
+    assert kept["auto"] > kept["separated"] + 0.1
+
+
+def test_a_simplex_stays_one():
+    model = convert_model(nn.Sequential(nn.Linear(40, 30)), classifier="0", dim=29, warm_start=True)
+    assert model[0].bank.method == "simplex"
+
+
+def test_a_classifier_of_other_classes_is_refused_before_a_bank_is_made_of_it():
+    model = nn.Sequential(nn.Linear(40, 30))
+    with pytest.raises(ShapeError, match="Convert with the trained classifier's own number of classes"):
+        convert_model(model, classifier="0", dim=10, num_classes=25, warm_start=True)
+    assert isinstance(model[0], nn.Linear)

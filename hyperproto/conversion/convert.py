@@ -41,7 +41,7 @@ from hyperproto.conversion.structures import (
     set_num_classes,
     set_num_labels,
 )
-from hyperproto.conversion.warm_start import warm_start_
+from hyperproto.conversion.warm_start import centred_weights, warm_start_
 from hyperproto.errors import AlreadyConvertedError, ArgumentError
 from hyperproto.head import HypersphericalHead
 from hyperproto.heads import get_heads
@@ -83,7 +83,8 @@ def convert_model(
         dim: dimension D of the embeddings; by default the bank's, or the width of the features (the smallest, where
             several classifiers differ).
         num_classes: number of labels; by default the old classifier's. Needed for models made with num_classes=0.
-        bank: a method of `PrototypeBank`, or a bank.
+        bank: a method of `PrototypeBank`, or a bank. "auto" is a warm start's own in fewer than C - 1 dimensions: that
+            of the trained class vectors (`PrototypeBank.from_class_vectors`).
         classifier: dotted name of the layer to replace, where the model does not say so itself. A model of several
             tasks is converted once for each of them, with a bank and an assignment of its own; `restore_model` undoes
             all.
@@ -197,6 +198,8 @@ def _convert(
         leaves = {name: leaf for name, leaf in leaves.items() if name not in dropped}
         if task is not None:
             task.check_widths({name: num_inputs(leaf) for name, leaf in leaves.items()})
+        if warm_start:
+            bank = _bank_of_warm_start(leaves, dim, num_classes, bank)
         heads = _build_heads(leaves, dim, num_classes, bank, projection, training_output, seed)
         for head in heads.values():
             check_number_of_names(class_names, head.num_classes)
@@ -278,6 +281,17 @@ def _build_heads(
         empty = leaf.weight.is_meta and any(parameter.is_meta for parameter in heads[name].parameters())
         heads[name].to(device=None if empty else leaf.weight.device, dtype=dtype).train(leaf.training)
     return heads
+
+
+def _bank_of_warm_start(
+    leaves: dict[str, Leaf], dim: int | None, num_classes: int | None, bank: str | PrototypeBank
+) -> str | PrototypeBank:
+    """Where "auto" would make prototypes that the classifier does not fit on, those of its own class vectors."""
+    first = next(iter(leaves.values()))
+    num_classes = num_outputs(first) if num_classes is None else num_classes
+    if not (isinstance(bank, str) and bank == "auto") or dim is None or dim >= num_classes - 1:
+        return bank
+    return PrototypeBank.from_class_vectors(centred_weights(first, num_classes, num_inputs(first))[0], dim)
 
 
 def _warm_start(heads: dict[str, HypersphericalHead], leaves: dict[str, Leaf]) -> list[str]:

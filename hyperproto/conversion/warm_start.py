@@ -84,7 +84,7 @@ def warm_start_(
     References:
         Schoenemann, A generalized solution of the orthogonal Procrustes problem, 1966.
     """
-    weight, bias = _centred(head, classifier)
+    weight, bias = centred_weights(classifier, head.num_classes, head.in_features)
     layers = layers_of(head.projection)
     prototypes = head.bank.prototypes.cpu().double()
     if assignment is not None:
@@ -158,9 +158,14 @@ def _squared_cosine(matrix: Tensor, weight: Tensor) -> float:
     return float((matrix * weight).sum().square()) / lengths if lengths > 0 else 0.0
 
 
-def _centred(head: HypersphericalHead, classifier: nn.Linear | nn.Conv2d) -> tuple[Tensor, Tensor]:
-    """The classifier's weight (C, in_features) and bias (C,) in float64 on the CPU, less their means over classes."""
-    expected = (head.num_classes, head.in_features)
+def centred_weights(classifier: nn.Linear | nn.Conv2d, num_classes: int, in_features: int) -> tuple[Tensor, Tensor]:
+    """A classifier's weight (C, in_features) and bias (C,) in float64 on the CPU, less their means over classes.
+
+    Raises:
+        ShapeError: it has another width or number of classes.
+        ArgumentError: its weights are not finite, have no values, or are not all that it computes with.
+    """
+    expected = (num_classes, in_features)
     if classifier.weight.shape[:2].numel() != classifier.weight.numel() or classifier.weight.shape[:2] != expected:
         raise ShapeError(
             f"a warm start needs a classifier with weights of shape {expected} (number of classes, features), got "
@@ -170,7 +175,7 @@ def _centred(head: HypersphericalHead, classifier: nn.Linear | nn.Conv2d) -> tup
         raise ArgumentError(
             "a warm start needs a trained classifier, got one without values (device meta). Load the weights first."
         )
-    weight, bias = _computed(classifier, head.in_features)
+    weight, bias = _computed(classifier, in_features)
     if not bool(torch.isfinite(weight).all() and torch.isfinite(bias).all()):
         raise ArgumentError("a warm start needs finite weights and biases; the classifier's are not.")
     centred = weight - weight.mean(dim=0)

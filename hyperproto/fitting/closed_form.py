@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hyperproto.affine import affine_state
-from hyperproto.fitting.statistics import ClassScatter
+from hyperproto.fitting.lbfgs import Samples
+from hyperproto.fitting.statistics import ClassScatter, FeatureStatistics
+from hyperproto.fitting.unit_head import Coordinates, UnitHead
 from hyperproto.matching.problem import place_unseen
 from hyperproto.matching.procrustes import align
 
@@ -46,23 +47,17 @@ def match_classes(scatter: ClassScatter, prototypes: Tensor, current: Tensor) ->
     return place_unseen(current, scatter.labels, matched, len(prototypes))
 
 
-def least_squares(
-    projection: nn.Module, scatter: ClassScatter, targets: Tensor, *, intercept: bool
-) -> dict[str, Tensor]:
-    """The `state_dict` with which a projection brings features nearest to the targets (C, D) of their labels.
-
-    See `regress`. Batch norm keeps its running statistics.
-    """
-    seen = targets[scatter.labels]
-    return affine_state(
-        projection,
-        regress(scatter, seen, intercept=intercept),
-        seen.mean(dim=0),
-        centre=scatter.centre,
-        mean=scatter.centre,
-        covariance=scatter.balanced,
-        keep_statistics=True,
-    )
+def least_squares(samples: Samples, coordinates: Coordinates, *, class_prototypes: Tensor, intercept: bool) -> UnitHead:
+    """The projection that brings samples nearest to the prototypes (C, D) of their labels; see `regress`."""
+    statistics = FeatureStatistics(len(class_prototypes), len(coordinates.centre))
+    for features, labels in samples.batches:
+        statistics.add(coordinates.of(features).cpu(), labels.cpu())
+    samples.add_up(list(statistics.tensors()))
+    scatter, device = statistics.scatter(), class_prototypes.device
+    targets = class_prototypes.cpu().double()[scatter.labels]
+    matrix = regress(scatter, targets, intercept=intercept)
+    offset = targets.mean(dim=0) - matrix @ scatter.centre if intercept else torch.zeros_like(targets[0])
+    return UnitHead(coordinates, matrix.float().to(device), offset.float().to(device), class_prototypes)
 
 
 def regress(scatter: ClassScatter, targets: Tensor, *, intercept: bool) -> Tensor:

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hyperproto.affine import affine, layers_of
+from hyperproto.arguments import whole_number
 from hyperproto.bank import PrototypeBank
 from hyperproto.conversion.locate import check_unwrapped
 from hyperproto.conversion.replace import replace_head
 from hyperproto.errors import ArgumentError
+from hyperproto.fitting.closed_form import least_squares
 from hyperproto.fitting.components import principal_components
-from hyperproto.fitting.data import HeldFeatures, check_fit_options, cross_entropy_with
+from hyperproto.fitting.data import FitOptions, HeldFeatures
 from hyperproto.fitting.features import checking
-from hyperproto.fitting.lbfgs import class_mean, minimise
+from hyperproto.fitting.hand_over import start_with_free_vectors
+from hyperproto.fitting.lbfgs import Samples
 from hyperproto.fitting.report import HeadFit
+from hyperproto.fitting.unit_fit import Fit, Task, fit_unit_head
+from hyperproto.fitting.unit_head import Coordinates, UnitHead
 from hyperproto.head import HypersphericalHead
 from hyperproto.heads import get_heads, require_heads
-from hyperproto.ranks import ProcessGroup, share_first_, share_state_
+from hyperproto.ranks import ProcessGroup, share_state_
 
 
 @torch.inference_mode(False)
@@ -32,23 +35,25 @@ def compress_head(
     loader: Iterable[Any],
     *,
     dim: int,
-    scale: float = 16.0,
+    scale: float | None = None,
     iterations: int = 200,
+    class_counts: Tensor | None = None,
     process_group: ProcessGroup | None = None,
 ) -> HeadFit:
     r"""Give a trained model a head of fewer dimensions, whose prototypes are class vectors fitted to its features.
 
     $$
-    \min_{A, V} \; \frac1C \sum_c \mathbb{E}_{x \sim c} \left[ -\log
-        \frac{\exp(s \langle z(x), v_c / \lVert v_c \rVert \rangle)}
-             {\sum_k \exp(s \langle z(x), v_k / \lVert v_k \rVert \rangle)} \right]
+    \min_{A, W} \; \frac1C \sum_c \mathbb{E}_{x \sim c} \left[ -\sum_k p_k(x) \log
+        \frac{\exp(s \langle z(x), w_k / \lVert w_k \rVert \rangle)}
+             {\sum_l \exp(s \langle z(x), w_l / \lVert w_l \rVert \rangle)} \right]
     $$
 
-    After the last epoch of a backbone that trained in more dimensions, such as towards the simplex: few dimensions are
-    a hard target for a backbone, and a small loss at its end. The new projection A ("linear+bn") starts from the `dim`
-    principal components of the old head's linear logits over the data, V from the classes' shares in them. Both are
-    fitted by L-BFGS as in `refit_head`; what is said there of memory, modes and ranks holds here. Then V is the new
-    head's bank, label c on prototype c, and never trains again.
+    After the last epoch of a backbone that trained in more dimensions, such as towards the simplex, since few
+    dimensions are a hard target for a backbone, and a small loss at its end; or on the features of a pretrained one.
+    The answers p are those of a softmax classifier of rank D with a penalty on lengths, as in `refit_head`; A and W
+    start from its two factors. What is said there of the samples held out, of memory, modes and ranks holds here.
+    Then W is the new head's bank, label c on prototype c, and never trains again. Where held-out samples speak for the
+    `dim` principal components of a closed form's logits instead, the new head is made of those of the old head.
 
     The old head is taken out: criteria and assigners bound to it raise, and an optimiser has to be made anew.
     `restore_model` brings back the original classifier as before. To load a checkpoint of the new model, take the bank
@@ -58,8 +63,9 @@ def compress_head(
         model: a converted model with one head, not wrapped.
         loader: as for `refit_head`.
         dim: D of the new head, from 2 to the number of classes.
-        scale: s > 0, as for `refit_head`; the new head's `logit_scale`.
+        scale: as for `refit_head`.
         iterations: as for `refit_head`.
+        class_counts: as for `refit_head`.
         process_group: as for `refit_head`.
 
     Returns:
@@ -77,57 +83,72 @@ def compress_head(
         >>> model = nn.Sequential(HypersphericalHead(8, 4, dim=4, bank="simplex"))
         >>> labels = torch.arange(4).repeat(25)
         >>> features = torch.eye(4, 8)[labels] + 0.01 * torch.randn(100, 8)
-        >>> compress_head(model, [(features, labels)], dim=2).accuracy, model[0].dim
+        >>> compress_head(model, (features, labels), dim=2).accuracy, model[0].dim
         (1.0, 2)
     """
     with checking(model, process_group=process_group):
-        heads = require_heads(model)
-        check_fit_options(scale, iterations)
-        (name, old), *others = get_heads(model).items()
-        check_unwrapped(model, name, verb="compress_head")
-        _check_compressible(old, name, [other for other, _ in others], dim)
-    features = HeldFeatures(model, heads, loader, process_group=process_group)
-    [batches] = features.batches
+        name, old = only_head(model, verb="compress_head")
+        options = FitOptions.checked(scale, iterations, class_counts, old.num_classes)
+        dim = whole_number(dim, "dim", smallest=2, largest=old.num_classes)
+    features = HeldFeatures(model, (old,), loader, process_group=process_group)
     matrix, _ = affine(old.projection, old.in_features)
     to_logits = old.class_prototypes.cpu().double() @ matrix  # (C, F)
-    projection, start = principal_components(to_logits, features.scatters[0], dim)
-    projection, vectors = projection.to(old.assignment.device), nn.Parameter(start.to(old.assignment.device))
-    share_state_(projection, process_group=process_group)
-    share_first_(vectors.detach(), process_group=process_group)
-    measure = partial(
-        class_mean,
-        batches=batches,
-        num_classes=old.num_classes,
-        device=vectors.device,
-        process_group=process_group,
+    prototypes, scatter = old.class_prototypes, features.scatters[0]
+
+    def stand_in(samples: Samples, coordinates: Coordinates) -> UnitHead:
+        closed = least_squares(samples, coordinates, class_prototypes=prototypes, intercept=True)
+        matrix = coordinates.inverse_spread * closed.matrix.cpu().double()
+        return principal_components(prototypes.cpu().double() @ matrix, scatter, dim, coordinates)
+
+    task = class_vector_task(
+        features,
+        dim,
+        present=partial(principal_components, to_logits, scatter, dim),
+        stand_in=stand_in,
+        asks_present=False,
     )
-    loss, fitted = cross_entropy_with(projection, vectors, scale), [*projection.parameters(), vectors]
-    begun, started = [each.detach().clone() for each in fitted], measure(loss)
-    if math.isinf(started):
-        raise ArgumentError(
-            "the features that reach the head are too large or too small for float32; the model is unchanged. Scale "
-            "them, or normalise in front of the head."
-        )
-    minimise(loss, fitted, batches, num_classes=old.num_classes, iterations=iterations, process_group=process_group)
-    if measure(loss) > started:
-        with torch.no_grad():
-            for each, value in zip(fitted, begun, strict=True):
-                each.copy_(value)
-    head = old.like(PrototypeBank.from_tensor(vectors), logit_scale=scale)
-    head.projection.load_state_dict(projection.state_dict())
+    fit = fit_unit_head(features, task, options)
+    return put_in(model, name, fit, features)
+
+
+def class_vector_task(
+    features: HeldFeatures,
+    dim: int,
+    *,
+    present: Callable[[Coordinates], UnitHead],
+    stand_in: Callable[[Samples, Coordinates], UnitHead],
+    asks_present: bool,
+) -> Task:
+    """Projection and class vectors of D dimensions for the features that reach a model's only head."""
+    start = partial(start_with_free_vectors, dim=dim, seen=features.scatters[0].labels)
+    return Task(0, dim, present, start, stand_in, asks_present, fixed_vectors=False, intercept=True)
+
+
+def put_in(model: nn.Module, name: str, fit: Fit, features: HeldFeatures) -> HeadFit:
+    """Put a head whose bank are the class vectors of a fit in the place of the one of this name."""
+    head = get_heads(model)[name].like(PrototypeBank.from_tensor(fit.head.vectors), logit_scale=fit.logit_scale)
+    state = fit.head.state_of(head.projection, features.scatters[0], keep_statistics=False)
+    head.projection.load_state_dict(state)
+    share_state_(head.to(features.device), process_group=features.process_group)
     replace_head(model, name, head)
-    return features.report(head)
+    return features.report(head, fit.held_out)
 
 
-def _check_compressible(head: HypersphericalHead, name: str, others: list[str], dim: int) -> None:
+def only_head(model: nn.Module, *, verb: str) -> tuple[str, HypersphericalHead]:
+    """Name and head of a model whose only head one of class vectors can take the place of.
+
+    Raises:
+        HeadNotFoundError: there is none, or the model is wrapped.
+        ArgumentError: a bare head, several, or one with another projection than "linear+bn".
+    """
+    require_heads(model)
+    (name, head), *others = get_heads(model).items()
+    check_unwrapped(model, name, verb=verb)
     if not name:
         raise ArgumentError("a bare head cannot be replaced in place: pass the model that has it.")
     if others:
-        raise ArgumentError(f"expected a model with one head, got {1 + len(others)}, at {', '.join([name, *others])}.")
+        names = ", ".join([name, *(other for other, _ in others)])
+        raise ArgumentError(f"expected a model with one head, got {1 + len(others)}, at {names}.")
     if layers_of(head.projection).batch_norm is None:
         raise ArgumentError('expected a head with projection="linear+bn": the new one has it, and starts from the old.')
-    if not (isinstance(dim, Integral) and 2 <= dim <= head.num_classes):
-        raise ArgumentError(
-            f"expected dim, a whole number (for a quotient use //), from 2 to the number of classes, "
-            f"{head.num_classes}, got {dim}."
-        )
+    return name, head

@@ -1,25 +1,22 @@
-"""All features of a loader, held in batches of one size, and the loss by which heads are fitted to them."""
+"""All features of a loader, held in batches of one size: those that heads are fitted to, and those held out."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Iterable
-from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from hyperproto.errors import ArgumentError, LabelError
+from hyperproto.arguments import positive_number, whole_number
+from hyperproto.errors import LabelError
 from hyperproto.fitting.features import collect
-from hyperproto.fitting.lbfgs import Batches, SampleLoss, class_weights
-from hyperproto.fitting.report import HeadFit, report_fit
-from hyperproto.fitting.statistics import SMALLEST_VARIANCE, ClassScatter
-from hyperproto.functional import scaled_cross_entropy
+from hyperproto.fitting.held_out import held_out, sample_keys
+from hyperproto.fitting.lbfgs import Batches, Samples
+from hyperproto.fitting.report import HeadFit, HeldOut, report_fit
+from hyperproto.functional import squared_class_lengths
 from hyperproto.head import HypersphericalHead
 from hyperproto.ranks import ProcessGroup, add_up_ranks
-from hyperproto.sphere import assigned_cosines, normalise
 
 #: Samples of a batch. The vectors that L-BFGS keeps come to lie where the last batch's temporaries were: with large
 #: ones the heap grows by about as much at each iteration.
@@ -28,31 +25,34 @@ BATCH_ROWS = 1024
 BATCH_NUMBERS = 2**22
 
 
-def check_fit_options(scale: float, iterations: int) -> None:
-    """Raise ArgumentError unless L-BFGS can run with these."""
-    if not (isinstance(scale, Real) and math.isfinite(scale) and scale > 0.0):
-        raise ArgumentError(f"expected a finite scale > 0, got {scale!r}.")
-    if not (isinstance(iterations, Integral) and iterations >= 1):
-        raise ArgumentError(f"expected iterations to be a whole number, at least 1 iteration, got {iterations!r}.")
+class FitOptions(NamedTuple):
+    """What a user says of a fit; None: it is chosen, or labels count alike."""
 
+    scale: float | None
+    iterations: int
+    log_prior: Tensor | None
 
-def cross_entropy_with(projection: nn.Module, vectors: Tensor, scale: float) -> SampleLoss:
-    """Cross-entropy (N,) of features (N, F) over the cosines of what they project to with class vectors (C, D)."""
-    everyone = torch.arange(len(vectors), device=vectors.device)
+    @classmethod
+    def checked(cls, scale: Any, iterations: Any, class_counts: Any, num_classes: int) -> FitOptions:
+        """Options as people write them.
 
-    def loss(features: Tensor, labels: Tensor) -> Tensor:
-        cosines = assigned_cosines(normalise(projection(features)), normalise(vectors), everyone)
-        return scaled_cross_entropy(cosines, labels, scale=scale, label_smoothing=0.0, reduction="none")
-
-    return loss
+        Raises:
+            ArgumentError: one that cannot be meant.
+        """
+        return cls(
+            scale=None if scale is None else positive_number(scale, "scale"),
+            iterations=whole_number(iterations, "iterations", smallest=1),
+            log_prior=None if class_counts is None else -squared_class_lengths(class_counts, num_classes).log(),
+        )
 
 
 class HeldFeatures:
     """What reaches the heads of a model from a whole loader, where the heads are.
 
     Attributes:
-        batches: for each head, features (N, F) float32 and labels (N,) of this rank.
         scatters: for each head, of the features of all ranks.
+        process_group: the ranks.
+        device: where the heads are.
     """
 
     def __init__(
@@ -74,30 +74,57 @@ class HeldFeatures:
             samples[index].add(features, target.to(device))
 
         self._statistics, self._num_samples = collect(model, heads, loader, keep, process_group=process_group)
-        self._process_group, self._device = process_group, device
+        self.process_group, self.device = process_group, device
         self.scatters = [statistics.scatter() for statistics in self._statistics]
-        self.batches = [each.batches() for each in samples]
+        self._fitted_to, self._held_out = zip(*(self._parted(each.batches()) for each in samples), strict=True)
 
-    def balanced(self, index: int) -> ClassScatter:
-        """Of a head's features, with each class's own spread counting alike, and next to no shrinking.
+    def fitted_to(self, index: int, *, classes_alike: bool) -> Samples:
+        """What a head is fitted to while there is something to choose."""
+        return self._weighed(self._fitted_to[index], index, alike=classes_alike)
 
-        What `regress` makes of it is then the minimum on these samples, and does not depend on how often each came.
-        """
-        scatter, batches = self.scatters[index], self.batches[index]
-        num_classes, device = len(self._statistics[index].counts), self._device
-        weights = class_weights(batches, num_classes, device, process_group=self._process_group).cpu().double()
-        balanced = torch.zeros_like(scatter.within)
-        for features, labels in batches:
-            offsets = features.cpu().double() - scatter.centre
-            balanced.addmm_(offsets.T, weights[labels.cpu(), None] * offsets)
-        add_up_ranks([balanced], device, process_group=self._process_group)
-        balanced.diagonal().add_(SMALLEST_VARIANCE * float(balanced.trace()) / len(balanced))
-        return dataclasses.replace(scatter, balanced=balanced)
+    def held_out(self, index: int) -> Samples | None:
+        """What it is judged by, classes counting alike; None where all classes are too small to hold any out."""
+        samples = self._weighed(self._held_out[index], index, alike=True)
+        return samples if bool(samples.weights.isfinite().any()) else None
 
-    def report(self, head: HypersphericalHead) -> HeadFit:
+    def all(self, index: int, *, classes_alike: bool) -> Samples:
+        """Both together."""
+        return self._weighed(self._fitted_to[index] + self._held_out[index], index, alike=classes_alike)
+
+    def num_held_out(self, index: int) -> int:
+        """On all ranks."""
+        count = torch.tensor([sum(len(labels) for _, labels in self._held_out[index])], device="cpu")
+        add_up_ranks([count], self.device, process_group=self.process_group)
+        return int(count)
+
+    def _weighed(self, batches: Batches, index: int, *, alike: bool) -> Samples:
+        num_classes = len(self._statistics[index].counts)
+        return Samples.weighed(batches, num_classes, self.device, alike=alike, process_group=self.process_group)
+
+    def _parted(self, batches: Batches) -> tuple[Batches, Batches]:
+        """Batches of what is fitted to, and of what is held out; the given ones go one by one, to save memory."""
+        labels = torch.cat([own.cpu() for _, own in batches] or [torch.zeros(0, dtype=torch.int64, device="cpu")])
+        keys = torch.cat([sample_keys(rows) for rows, _ in batches] or [labels.double()])
+        is_held_out = held_out(keys, labels, self.device, process_group=self.process_group)
+        parts: tuple[Batches, Batches] = ([], [])
+        for mask in torch.split(is_held_out, [len(own) for _, own in batches]):
+            rows, own = batches.pop(0)
+            for part, chosen in zip(parts, (~mask, mask), strict=True):
+                chosen = chosen.to(self.device)
+                if bool(chosen.any()):
+                    part.append((rows[chosen], own[chosen]))
+        return parts
+
+    def report(self, head: HypersphericalHead, held_out: HeldOut | None) -> HeadFit:
         """What the first head reached."""
+        batches = self._fitted_to[0] + self._held_out[0]
         return report_fit(
-            head, self._statistics[0], self._num_samples, self.batches[0], process_group=self._process_group
+            head,
+            self._statistics[0],
+            self._num_samples,
+            batches,
+            held_out=held_out,
+            process_group=self.process_group,
         )
 
 

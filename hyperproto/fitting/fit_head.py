@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from hyperproto.affine import affine_state, layers_of
-from hyperproto.fitting.closed_form import match_classes, regress
+from hyperproto.arguments import choice
+from hyperproto.fitting.closed_form import least_squares, match_classes, regress
+from hyperproto.fitting.compress_head import class_vector_task, only_head, put_in
+from hyperproto.fitting.data import FitOptions, HeldFeatures
 from hyperproto.fitting.features import checking, collect
 from hyperproto.fitting.report import HeadFit, report_fit
 from hyperproto.fitting.statistics import FeatureSample, FeatureStatistics
+from hyperproto.fitting.unit_fit import fit_unit_head
+from hyperproto.fitting.unit_head import UnitHead
 from hyperproto.head import HypersphericalHead
 from hyperproto.heads import require_heads
 from hyperproto.matching.solve import solve_assignment
@@ -23,11 +29,20 @@ from hyperproto.ranks import ProcessGroup, check_not_sharded, decided_by_first
 #: Numbers of the features kept to measure the accuracy of the start by: 128 MiB.
 KEPT_NUMBERS = 2**25
 
+#: Iterations of L-BFGS for each penalty, where class vectors are fitted too.
+MOST_ITERATIONS = 200
+
 #: Samples whose accuracy is measured at a time.
 ACCURACY_CHUNK = 4096
 
 
-def fit_head(model: nn.Module, loader: Iterable[Any], *, process_group: ProcessGroup | None = None) -> HeadFit:
+def fit_head(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    bank: Literal["class-vectors"] | None = None,
+    process_group: ProcessGroup | None = None,
+) -> HeadFit:
     r"""Choose assignment and projection in closed form from one pass over the data; in place.
 
     $$
@@ -48,6 +63,10 @@ def fit_head(model: nn.Module, loader: Iterable[Any], *, process_group: ProcessG
       that train mode starts from the same function as eval mode.
     - "linear": without the intercept. "none": only the assignment is chosen, by the mean embeddings.
     - Several heads in one model: the first one chooses the assignment, each gets a projection of its own.
+    - `bank="class-vectors"`: prototypes from the data too. With D < C - 1 no assignment makes up for prototypes that
+      know nothing of the classes. A head with a bank of fitted class vectors takes the place of the model's, whose
+      projection must be "linear+bn", by the way of `compress_head` and in its time; what is said there of optimisers,
+      criteria and checkpoints holds here. Its matching is done: no label moves where training confirms it.
     - Labels that the loader does not have keep their prototype unless a seen label needs it.
     - Under torch.distributed every rank must call it, each with its share of the data, before fully_shard: all ranks
       take rank 0's buffers, as DistributedDataParallel does, statistics are summed over the ranks, and all arrive at
@@ -63,6 +82,7 @@ def fit_head(model: nn.Module, loader: Iterable[Any], *, process_group: ProcessG
             label; or labels (B, ...) of the positions of maps and of tokens. Dictionaries whose names say which is
             which, a data set, and a pair of whole arrays (X, y) will do. The training data, without augmentation or
             with it.
+        bank: None keeps the prototypes that there are; "class-vectors" replaces them.
         process_group: the ranks that share out the data; by default all.
 
     Returns:
@@ -70,7 +90,8 @@ def fit_head(model: nn.Module, loader: Iterable[Any], *, process_group: ProcessG
 
     Raises:
         HeadNotFoundError: the model has no hyperspherical head, or does not call it.
-        ArgumentError: no samples, features that are not finite, or none that tell labels apart.
+        ArgumentError: no samples, features that are not finite, or none that tell labels apart; another bank; with
+            "class-vectors" a model whose head cannot be replaced.
         AssignmentError: mean embeddings that are not finite, for a head without a projection.
         BankError: its heads do not share one bank and one assignment.
         LabelError, ShapeError: targets that do not fit. After any error the model is as it was (on other ranks, with
@@ -92,7 +113,24 @@ def fit_head(model: nn.Module, loader: Iterable[Any], *, process_group: ProcessG
         check_not_sharded(model, [each for head in heads for each in head.projection.parameters()])
         for head in heads:
             layers_of(head.projection)  # raises for a projection that cannot be set, before the pass over the data
+        if bank is not None:
+            choice(bank, "bank", ("class-vectors",))
+            name, head = only_head(model, verb="fit_head")
+    if bank is not None:
+        return _fit_class_vectors(model, name, head, loader, process_group)
     return _fit_model(model, heads, loader, process_group)
+
+
+@torch.inference_mode(False)
+def _fit_class_vectors(
+    model: nn.Module, name: str, head: HypersphericalHead, loader: Iterable[Any], process_group: ProcessGroup | None
+) -> HeadFit:
+    features = HeldFeatures(model, (head,), loader, process_group=process_group)
+    present = partial(UnitHead.of_projection, head.projection, head.class_prototypes)
+    stand_in = partial(least_squares, class_prototypes=head.class_prototypes, intercept=True)
+    task = class_vector_task(features, head.dim, present=present, stand_in=stand_in, asks_present=True)
+    fit = fit_unit_head(features, task, FitOptions(None, MOST_ITERATIONS, None))
+    return put_in(model, name, fit, features) if fit.is_new else features.report(head, fit.held_out)
 
 
 @torch.no_grad()

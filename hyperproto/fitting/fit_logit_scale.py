@@ -5,25 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hyperproto.errors import ArgumentError
 from hyperproto.fitting.features import checking, evaluating, run_batches, unwrapped
+from hyperproto.fitting.temperature import SCALE_BOUNDS, Slopes
 from hyperproto.head import HypersphericalHead
 from hyperproto.heads import require_heads
 from hyperproto.ranks import ProcessGroup, add_up_ranks, share_first_
 from hyperproto.telling import tell
-
-#: Scales between which the best one is looked for.
-SCALE_BOUNDS = (1e-2, 1e4)
-
-#: Scales at which the likelihood's slope is summed up, at even ratios. Between two of them it is a cubic to 1e-5.
-NUM_SCALES = 61
-
-#: Slopes below this, for each sample: the likelihood is flat there.
-SMALLEST_SLOPE = 1e-12
 
 
 def fit_logit_scale(model: nn.Module, loader: Iterable[Any], *, process_group: ProcessGroup | None = None) -> float:
@@ -61,33 +52,21 @@ def fit_logit_scale(model: nn.Module, loader: Iterable[Any], *, process_group: P
     References:
         Guo et al., On calibration of modern neural networks, ICML 2017 (temperature scaling).
     """
-    from scipy.interpolate import CubicHermiteSpline
-
     with checking(model, process_group=process_group):
         heads = require_heads(model)
-    scales = torch.from_numpy(np.geomspace(*SCALE_BOUNDS, NUM_SCALES))
-    slopes, curvatures, num_samples = _sum_slopes(unwrapped(model), heads[0], loader, scales, process_group)
-    flat = SMALLEST_SLOPE * num_samples
-    if slopes[0] > -flat:
-        scale = SCALE_BOUNDS[0]
+    scale = _sum_slopes(unwrapped(model), heads[0], loader, process_group).best_scale()
+    if scale == SCALE_BOUNDS[0]:
         tell(
             f"fit_logit_scale: the smaller the scale the better, down to the bound of {scale:g}: the model predicts "
             "nothing of these labels. Train it first, and check that the labels are numbered as in training."
         )
-    elif slopes[-1] < flat:
-        scale = SCALE_BOUNDS[1]
+    elif scale == SCALE_BOUNDS[1]:
         tell(
             f"fit_logit_scale: the larger the scale the better, up to the bound of {scale:g}: the model is right on "
             "all of these samples, and their probabilities become 1. Fit on data that the model was not trained on, "
             "and on more of them."
         )
-    else:
-        above = int((slopes > 0.0).int().argmax())
-        interval = slice(above - 1, above + 1)
-        logs = scales[interval].log()
-        curve = CubicHermiteSpline(logs, slopes[interval], (scales * curvatures)[interval])
-        scale = float(np.exp(curve.solve(0.0, extrapolate=False)[0]))
-    with torch.no_grad():
+    with torch.no_grad():  # a scale may be a parameter
         for head in heads:
             share_first_(head.logit_scale.fill_(scale), process_group=process_group)
     return float(heads[0].logit_scale.detach())
@@ -95,28 +74,20 @@ def fit_logit_scale(model: nn.Module, loader: Iterable[Any], *, process_group: P
 
 @torch.no_grad()
 def _sum_slopes(
-    model: nn.Module,
-    head: HypersphericalHead,
-    loader: Iterable[Any],
-    scales: Tensor,
-    process_group: ProcessGroup | None,
-) -> tuple[Tensor, Tensor, float]:
-    """First and second derivative by s of the negative log-likelihood of all ranks' samples, and how many there are.
+    model: nn.Module, head: HypersphericalHead, loader: Iterable[Any], process_group: ProcessGroup | None
+) -> Slopes:
+    """Slopes of the likelihood of all ranks' samples.
 
     Args:
         model: not wrapped.
         head: the first of the model's.
         loader: of this rank; it may be empty.
-        scales: (K,) float64 on the CPU.
         process_group: the ranks that share out the data.
-
-    Returns:
-        (K,) and (K,) float64 on the CPU, and a number above 0.
 
     Raises:
         ArgumentError: no samples, or outputs that are not finite.
     """
-    slopes, curvatures = torch.zeros_like(scales), torch.zeros_like(scales)
+    slopes = Slopes()
     counts = torch.zeros(2, dtype=torch.float64, device="cpu")  # samples, and values that are not finite
     with evaluating(model, process_group=process_group):
         for output, target in run_batches(model, loader, head):
@@ -124,45 +95,11 @@ def _sum_slopes(
             target = readout.read_target(target.to(readout.output.device)).values
             cosines = readout.cosines()
             counts += torch.tensor([len(cosines), int((~torch.isfinite(cosines)).sum())], device="cpu")
-            sums = _slopes_of(cosines, target, scales.tolist()).sum(dim=2).cpu().double()
-            slopes += sums[:, 0]
-            curvatures += sums[:, 1]
-    add_up_ranks([counts, slopes, curvatures], head.assignment.device, process_group=process_group)
+            slopes.add(cosines, target)
+    add_up_ranks([counts, *slopes.tensors()], head.assignment.device, process_group=process_group)
     num_samples, num_wrong = counts.tolist()
     if not num_samples:
         raise ArgumentError("the loader gave no samples: the scale needs held-out data to be fitted on.")
     if num_wrong:
         raise ArgumentError("the model returned NaN or infinite logits; the scale is unchanged.")
-    return slopes, curvatures, num_samples
-
-
-def _slopes_of(cosines: Tensor, target: Tensor, scales: list[float]) -> Tensor:
-    r"""First and second derivative by s of each sample's negative log-likelihood.
-
-    $$ \operatorname{E}_{k \sim \operatorname{softmax}(s \cos_b)} \cos_{bk} - \cos_{b y_b}, \qquad
-        \operatorname{Var}_{k \sim \operatorname{softmax}(s \cos_b)} \cos_{bk} $$
-
-    Args:
-        cosines: (B, C) float32.
-        target: labels (B,), or soft targets (B, C), whose sums weigh the samples.
-        scales: K numbers.
-
-    Returns:
-        (K, 2, B) float32.
-    """
-    if target.dim() == 1:
-        weights, own = torch.ones_like(cosines[:, 0]), cosines.gather(1, target[:, None])
-    else:
-        weights = target.float().sum(dim=1)
-        own = torch.linalg.vecdot(target.float(), cosines)[:, None] / weights[:, None].clamp_min(1e-30)
-    # Differences, so that the mean of small ones does not drown in the rounding of cosines.
-    gaps = cosines - own
-    squares, exponents, shares = gaps.square(), gaps - gaps.amax(dim=1, keepdim=True), torch.empty_like(gaps)
-    slopes = []
-    for scale in scales:
-        torch.mul(exponents, scale, out=shares).exp_()
-        total = shares.sum(dim=1)
-        mean = torch.linalg.vecdot(shares, gaps) / total
-        variance = torch.linalg.vecdot(shares, squares) / total - mean.square()
-        slopes.append(torch.stack([weights * mean, weights * variance]))
-    return torch.stack(slopes)
+    return slopes

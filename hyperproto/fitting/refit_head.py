@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -10,21 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperproto.affine import known_layers
+from hyperproto.affine import layers_of
 from hyperproto.errors import ArgumentError
 from hyperproto.fitting.closed_form import least_squares
-from hyperproto.fitting.data import HeldFeatures, check_fit_options, cross_entropy_with
+from hyperproto.fitting.data import FitOptions, HeldFeatures
 from hyperproto.fitting.features import checking
-from hyperproto.fitting.lbfgs import class_mean, minimise
+from hyperproto.fitting.hand_over import start_with_prototypes
 from hyperproto.fitting.report import HeadFit
+from hyperproto.fitting.unit_fit import Fit, Task, fit_unit_head
+from hyperproto.fitting.unit_head import UnitHead
 from hyperproto.head import HypersphericalHead
 from hyperproto.heads import require_heads
 from hyperproto.projection import has_layers
-from hyperproto.ranks import ProcessGroup, check_not_sharded, share_state_
-from hyperproto.telling import tell
-
-#: Training accuracy that nothing can be gained on.
-ALL_BUT_ALL = 0.999
+from hyperproto.ranks import ProcessGroup, check_not_sharded, share_first_, share_state_
 
 
 @torch.inference_mode(False)
@@ -32,36 +29,51 @@ def refit_head(
     model: nn.Module,
     loader: Iterable[Any],
     *,
-    scale: float = 16.0,
+    scale: float | None = None,
     iterations: int = 200,
+    class_counts: Tensor | None = None,
     process_group: ProcessGroup | None = None,
 ) -> HeadFit:
     r"""Fit the projections of a trained model once more, to all features at once; prototypes and assignment stay.
 
     $$
-    \min_A \; \frac1C \sum_c \mathbb{E}_{x \sim c} \left[ -\log
-        \frac{\exp(s \langle z(x), w_{\sigma(c)} \rangle)}{\sum_k \exp(s \langle z(x), w_{\sigma(k)} \rangle)}
+    \min_{U, V, b} \; \frac1C \sum_c \mathbb{E}_{x \sim c} \left[ -\log p_c(x) \right]
+        + \tfrac\lambda2 \left( \lVert U \rVert^2 + \lVert V \rVert^2 \right),
+        \qquad p(x) = \operatorname{softmax}(V U x + b)
+    $$
+
+    $$
+    \min_A \; \frac1C \sum_c \mathbb{E}_{x \sim c} \left[ -\sum_k p_k(x) \log
+        \frac{\exp(s \langle z(x), w_{\sigma(k)} \rangle)}{\sum_l \exp(s \langle z(x), w_{\sigma(l)} \rangle)}
         \right], \qquad z(x) = \frac{A x}{\lVert A x \rVert}
     $$
 
-    After the last epoch: the features are those of the finished backbone, in eval mode, and labels count alike however
-    many samples they have, where training counted samples. One pass without gradients, then L-BFGS, which has no
-    learning rate and draws nothing: the same data, the same head. It starts from the present projection, or from least
-    squares in closed form where they are better; a head that it finds no better projection for keeps its own, and a
-    `HyperprotoWarning` says so, as one does where the samples are all told apart already. docs/results.md shows what a
-    refit is worth.
+    After the last epoch, or on the features of a pretrained backbone. First what the features say: a softmax
+    classifier of rank D with a penalty on lengths, which means something there, where in a normalised head it does
+    nothing. Then its answers are handed on to the prototypes: they say of each sample what all of its like say, so
+    that there is nothing to overfit. On a simplex the head ranks as that classifier does. Both by L-BFGS, which has no
+    learning rate and draws nothing: the same data, the same head, in whatever order they come.
 
-    Memory: all features, 4 N F bytes, and 200 copies of a projection, where the head is. Modes, hooks, gradients and
-    the global generator are as before afterwards; batch norm keeps its running statistics. The heads' `logit_scale`
-    becomes `scale`; `fit_logit_scale` on held-out data finds a better one. Several heads in one model are fitted one by
-    one. Under torch.distributed every rank must call it, each with its share of the data, before fully_shard; all take
-    rank 0's buffers first, as DistributedDataParallel does, and arrive at the same head.
+    The penalty is the one that does best on a tenth of each class that is held out meanwhile (none of classes of fewer
+    than six samples; equal samples stay together). Where these do better than with the present head, likelier and no
+    fewer right, the fit is made once more with them; else the head stays as it is. Least squares in closed form stand
+    in for a present head that must have been fitted to them. The report says all this. Samples that the backbone was
+    trained on say less than others would.
+
+    Memory: all features, 4 N F bytes, and 40 copies of a projection, where the head is. Modes, hooks, gradients and
+    the global generator are as before afterwards; batch norm keeps its running statistics. Several heads in one model
+    are fitted one by one. Under torch.distributed every rank must call it, each with its share of the data, before
+    fully_shard; all take rank 0's buffers first, as DistributedDataParallel does, and arrive at the same head.
 
     Args:
         model: a converted model, bare or wrapped, or a head (whose inputs the batches are then).
         loader: as for `fit_head`, with labels, not soft targets: the training data, without augmentation.
-        scale: s > 0, of the cosines; what the backbone was trained with, as in `PrototypeCrossEntropyLoss`.
-        iterations: at most so many of L-BFGS, at least 1; each costs one or two passes over the features.
+        scale: s > 0, of the cosines, and the heads' `logit_scale` afterwards. None: s is 8, and `logit_scale` is the
+            one at which held-out samples are likeliest.
+        iterations: at most so many of L-BFGS for each penalty, at least 1; each costs one or two passes over the
+            features.
+        class_counts: (C,) samples of each class, to predict labels as if they were equally frequent, from samples that
+            count alike: logits are adjusted by their logarithm while fitting. None: labels count alike.
         process_group: the ranks that share out the data; by default all.
 
     Returns:
@@ -69,92 +81,58 @@ def refit_head(
 
     Raises:
         HeadNotFoundError: the model has no hyperspherical head, or does not call it.
-        ArgumentError: a head without a projection, a scale or iterations out of range, no samples, or features that are
-            not finite or tell no labels apart.
+        ArgumentError: a head without a projection, or one that cannot be set; an option out of range; no samples,
+            features that are not finite, too large or too small, or that tell no labels apart.
         LabelError, ShapeError: targets that do not fit. After any error the model is as it was (on other ranks, with
             rank 0's buffers).
 
     Examples:
-        >>> from hyperproto import HypersphericalHead
+        >>> import torch
         >>> head = HypersphericalHead(8, 4, dim=3)
         >>> labels = torch.arange(4).repeat(25)
         >>> features = torch.eye(4, 8)[labels] + 0.01 * torch.randn(100, 8)
-        >>> refit_head(head, [(features, labels)]).accuracy
+        >>> refit_head(head, (features, labels)).accuracy
         1.0
 
     References:
-        Kang et al., Decoupling representation and classifier for long-tailed recognition, ICLR 2020 (classifier
-        re-training).
+        Hinton, Vinyals, Dean, Distilling the knowledge in a neural network, 2015; Menon et al., Long-tail learning via
+        logit adjustment, 2021 (class_counts).
     """
     with checking(model, process_group=process_group):
         heads = require_heads(model)
-        check_fit_options(scale, iterations)
+        options = FitOptions.checked(scale, iterations, class_counts, heads[0].num_classes)
         check_not_sharded(model, [each for head in heads for each in head.projection.parameters()])
-        if not all(has_layers(head.projection) for head in heads):
-            raise ArgumentError(
-                'a head with projection="none" has nothing to fit: convert with "linear" or "linear+bn".'
-            )
+        for head in heads:
+            if not has_layers(head.projection):
+                raise ArgumentError(
+                    'a head with projection="none" has nothing to fit: convert with "linear" or "linear+bn".'
+                )
+            layers_of(head.projection)  # raises for a projection that cannot be set, before the pass over the data
     features = HeldFeatures(model, heads, loader, process_group=process_group)
-    if features.report(heads[0]).accuracy >= ALL_BUT_ALL:
-        tell(
-            "refit_head: the head is right on all of these samples already, so that they do not show what a refit is "
-            "worth: it can cost accuracy on others, of rare labels first. Compare both heads on held-out data."
-        )
-    fitted = [_fit(head, features, index, scale, iterations, process_group) for index, head in enumerate(heads)]
+    fits = [_fit(head, features, index, options) for index, head in enumerate(heads)]
+    states = [
+        fit.head.state_of(head.projection, features.scatters[index], keep_statistics=True) if fit.is_new else {}
+        for index, (head, fit) in enumerate(zip(heads, fits, strict=True))
+    ]
     with torch.no_grad():
-        for head, state in zip(heads, fitted, strict=True):
-            if state is not None:
+        for head, fit, state in zip(heads, fits, states, strict=True):
+            if fit.is_new:
                 head.projection.load_state_dict(state)
-            head.logit_scale.fill_(scale)
-    if None in fitted:
-        tell(
-            "refit_head: no projection was found that is better on these samples; the present one stays. Their "
-            "features may be too large or too small for float32: normalise them in front of the head."
-        )
-    return features.report(heads[0])
+                share_state_(head.projection, process_group=process_group)
+                share_first_(head.logit_scale.fill_(fit.logit_scale), process_group=process_group)
+    return features.report(heads[0], fits[0].held_out)
 
 
-def _fit(
-    head: HypersphericalHead,
-    features: HeldFeatures,
-    index: int,
-    scale: float,
-    iterations: int,
-    process_group: ProcessGroup | None,
-) -> dict[str, Tensor] | None:
-    """The state of a better projection for a head, whose features have this number, or None; nothing changes.
-
-    L-BFGS goes to the minimum nearest to its start, and of fresh projections some start behind a ridge: where least
-    squares in closed form are better than the present projection, it starts from there.
-    """
-    batches, device = features.batches[index], head.assignment.device
-    projection = copy.deepcopy(head.projection).float().eval().requires_grad_(True)
-    share_state_(projection, process_group=process_group)
-    loss = cross_entropy_with(projection, head.class_prototypes, scale)
-    measure = partial(
-        class_mean, loss, batches, num_classes=head.num_classes, device=device, process_group=process_group
+def _fit(head: HypersphericalHead, features: HeldFeatures, index: int, options: FitOptions) -> Fit:
+    prototypes, intercept = head.class_prototypes, layers_of(head.projection).has_intercept
+    task = Task(
+        index,
+        rank=min(head.dim, head.num_classes),
+        present=partial(UnitHead.of_projection, head.projection, prototypes),
+        start=partial(start_with_prototypes, class_prototypes=prototypes, intercept=intercept),
+        stand_in=partial(least_squares, class_prototypes=prototypes, intercept=intercept),
+        asks_present=True,
+        fixed_vectors=True,
+        intercept=intercept,
     )
-    before = lowest = measure()
-    best = copy.deepcopy(projection.state_dict())
-    layers = known_layers(projection)
-    if layers is not None:
-        targets = head.class_prototypes.cpu().double()
-        state = least_squares(projection, features.balanced(index), targets, intercept=layers.has_intercept)
-        projection.load_state_dict(state)
-        share_state_(projection, process_group=process_group)
-        reached = measure()
-        if reached < lowest:
-            lowest, best = reached, copy.deepcopy(projection.state_dict())
-    projection.load_state_dict(best)
-    minimise(
-        loss,
-        list(projection.parameters()),
-        batches,
-        num_classes=head.num_classes,
-        iterations=iterations,
-        process_group=process_group,
-    )
-    reached = measure()
-    if reached < lowest:
-        lowest, best = reached, projection.state_dict()
-    return best if lowest < before else None
+    return fit_unit_head(features, task, options)

@@ -1,0 +1,155 @@
+"""The one way in which heads are fitted to features at hand: a teacher first, then its answers on the sphere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from hyperproto.errors import ArgumentError
+from hyperproto.fitting.data import FitOptions, HeldFeatures
+from hyperproto.fitting.hand_over import MOST_ITERATIONS, SCALE, hand_over
+from hyperproto.fitting.lbfgs import Samples
+from hyperproto.fitting.report import HeldOut
+from hyperproto.fitting.teacher import Teacher, find_teacher, first_teacher, refined
+from hyperproto.fitting.temperature import SCALE_BOUNDS
+from hyperproto.fitting.unit_head import Coordinates, UnitHead, score
+
+#: Apart by less than so many standard errors, accuracies do not differ.
+STANDARD_ERRORS = 3.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is fitted to the features of one head of a model.
+
+    Attributes:
+        index: number of the head.
+        rank: of the teacher.
+        present: what there is already, in coordinates.
+        start: where a head starts from that is to give a teacher's answers.
+        stand_in: a closed form that is judged in the place of what there is, where this was fitted to the judges.
+        asks_present: whether what there is may be judged itself. Few components of a head that was fitted to the judges
+            do no better on them than one that was not, and worse on others.
+        fixed_vectors: whether its class vectors stay as they are.
+        intercept: whether its projection has a free one.
+    """
+
+    index: int
+    rank: int
+    present: Callable[[Coordinates], UnitHead]
+    start: Callable[[Teacher], UnitHead]
+    stand_in: Callable[[Samples, Coordinates], UnitHead]
+    asks_present: bool
+    fixed_vectors: bool
+    intercept: bool
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What came out.
+
+    Attributes:
+        head: the fit, or what there was.
+        logit_scale: the scale at which its probabilities are those of held-out samples.
+        held_out: what these say; None where there are none.
+    """
+
+    head: UnitHead
+    logit_scale: float
+    held_out: HeldOut | None
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it is not what there was."""
+        return self.held_out is None or self.held_out.is_better
+
+
+def fit_unit_head(features: HeldFeatures, task: Task, options: FitOptions) -> Fit:
+    """A head that gives a teacher's answers, or the present one where these are no better on held-out samples.
+
+    Penalty and `logit_scale` are chosen on the held-out samples. The fit is then made once more with them.
+
+    Args:
+        features: that reach the heads.
+        task: what is fitted to them.
+        options: of the user.
+
+    Raises:
+        ArgumentError: the features are too large or too small for float32.
+    """
+    scale, iterations, log_prior = options
+    alike = log_prior is None
+    fitted_to, everything = (part(task.index, classes_alike=alike) for part in (features.fitted_to, features.all))
+    held_out = features.held_out(task.index)
+    num_classes, device = len(fitted_to.weights), fitted_to.weights.device
+    coordinates = Coordinates.of_samples(features.scatters[task.index], everything, centred=task.intercept)
+    prior = torch.zeros(num_classes, device=device) if log_prior is None else log_prior.to(device)
+    before = task.present(coordinates)
+    if not math.isfinite(score(before, everything).log_loss):
+        raise ArgumentError(
+            "the features that reach the head are too large or too small for float32; the model is unchanged. Scale "
+            "them, or normalise in front of the head."
+        )
+
+    def pupil(teacher: Teacher, samples: Samples) -> UnitHead:
+        return hand_over(
+            teacher,
+            task.start(teacher),
+            samples,
+            prior,
+            scale=SCALE if scale is None else scale,
+            iterations=min(iterations, MOST_ITERATIONS),
+            fixed_vectors=task.fixed_vectors,
+            intercept=task.intercept,
+        )
+
+    first = first_teacher(coordinates, fitted_to, num_classes, task.rank)
+    teacher = find_teacher(first, fitted_to, held_out, prior, iterations=iterations)
+    if held_out is None:
+        return Fit(pupil(teacher, fitted_to), SCALE if scale is None else scale, None)
+    present, unseen = score(before, held_out), score(pupil(teacher, fitted_to), held_out)
+    final = pupil(refined(teacher, everything, prior, iterations=iterations), everything)
+    seen = score(final, held_out)
+    num_samples = features.num_held_out(task.index)
+    was_seen = not task.asks_present or has_seen(present.accuracy, unseen.accuracy, seen.accuracy, num_samples)
+    rival = score(task.stand_in(fitted_to, coordinates), held_out) if was_seen else present
+    report = HeldOut(
+        num_samples=num_samples,
+        accuracy_before=rival.accuracy,
+        accuracy=unseen.accuracy,
+        log_loss_before=rival.log_loss,
+        log_loss=unseen.log_loss,
+        penalty=teacher.penalty,
+        was_seen=was_seen,
+        is_better=math.isfinite(seen.log_loss) and unseen.is_better_than(rival),
+    )
+    head, reached = (final, unseen) if report.is_better else (before, present)
+    if scale is None:
+        scale = SCALE if reached.scale in SCALE_BOUNDS else reached.scale  # at a bound nothing speaks for any
+    return Fit(head, scale, report)
+
+
+def has_seen(present: float, unseen: float, seen: float, num_samples: int) -> bool:
+    """Whether the present head must have been fitted to the held-out samples, so that these say nothing of it.
+
+    It is if its accuracy is nearer to that of a fit with them than to that of one without, where the two differ at all.
+
+    Args:
+        present: accuracy of the present head.
+        unseen: of a fit without the held-out samples.
+        seen: of the same fit with them.
+        num_samples: that are held out.
+
+    Examples:
+        >>> has_seen(0.95, unseen=0.55, seen=0.90, num_samples=500)
+        True
+        >>> has_seen(0.64, unseen=0.55, seen=0.90, num_samples=500)  # of more data, perhaps
+        False
+        >>> has_seen(1.00, unseen=0.95, seen=1.00, num_samples=30)
+        False
+    """
+    deviation = math.sqrt(unseen * (1.0 - unseen) / num_samples)
+    return seen - unseen > STANDARD_ERRORS * deviation and present > 0.5 * (unseen + seen)
