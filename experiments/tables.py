@@ -142,7 +142,7 @@ def finetuned_table() -> str:
     found: dict[tuple[int | None, str], dict[int, dict[str, Any]]] = defaultdict(dict)
     for line in cifar100.results_of("finetune"):
         found[line["dim"], line["method"]][line["seed"]] = line
-    peers = found[None, finetune.WIDE[1]]
+    peers = found[None, finetune.WIDE[0]]
     header = ["D", "method", "n", "before training", "accuracy", "less than full softmax", "calibration, fitted"]
     rows = [header, ["---"] * len(header)]
     for dim, methods in ((None, finetune.WIDE), *((dim, finetune.NARROW) for dim in finetune.DIMS)):

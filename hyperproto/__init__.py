@@ -6,6 +6,7 @@ from hyperproto import functional
 from hyperproto.assigner import DynamicAssigner
 from hyperproto.assignment_step import AssignmentStep
 from hyperproto.bank import PrototypeBank
+from hyperproto.class_names import check_class_names
 from hyperproto.conversion.convert import convert_model
 from hyperproto.conversion.describe import describe
 from hyperproto.conversion.fold import to_linear
@@ -33,6 +34,8 @@ from hyperproto.head import HypersphericalHead
 from hyperproto.heads import get_heads
 from hyperproto.losses import BalancedLoss, LongTailLoss, PrototypeCrossEntropyLoss
 from hyperproto.matching.solve import AssignmentSolution
+from hyperproto.pretrained.load import load_model
+from hyperproto.pretrained.whole import load_pretrained, save_pretrained
 from hyperproto.separation import BankReport
 
 __version__ = "0.1.0"
@@ -61,6 +64,7 @@ __all__ = [
     "PrototypeCrossEntropyLoss",
     "RankError",
     "ShapeError",
+    "check_class_names",
     "compress_head",
     "convert_model",
     "describe",
@@ -68,8 +72,11 @@ __all__ = [
     "fit_logit_scale",
     "functional",
     "get_heads",
+    "load_model",
+    "load_pretrained",
     "refit_head",
     "restore_model",
+    "save_pretrained",
     "to_linear",
 ]
 

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from hyperproto.arguments import as_tensor
 from hyperproto.assignment_record import count_of, is_of_another, next_count, read_assignment, record_of
-from hyperproto.bank import PrototypeBank, has_values
+from hyperproto.bank import PrototypeBank
 from hyperproto.checkpoint import check_format, format_version, stamp_format_
 from hyperproto.errors import AssignmentError, BankError
 from hyperproto.matching.problem import check_assignment
 from hyperproto.modes import makes_graph
+from hyperproto.prototypes import has_values
+from hyperproto.ranks import has_ranks
 from hyperproto.targets import has_memory
+
+#: The buffers that say the assignment.
+ENTRIES = ("assignment", "assignment_record", "format_version")
 
 #: What to do where an average has no assignment.
 ADVICE = (
@@ -64,6 +69,8 @@ class AssignedBank(nn.Module):
         #: The buffers, and how often each had been written, when they were last looked at in eval mode.
         self._seen: tuple[tuple[int, int], ...] = ()
         start = torch.arange(num_classes, device="cpu")
+        #: Whether it was made or moved to where nothing has values, and no checkpoint has been loaded since.
+        self._awaits_values = False
         self.register_buffer("assignment", start)
         self.register_buffer("assignment_record", record_of(start, count=1))
         self.register_buffer("format_version", format_version(count=1))
@@ -84,7 +91,7 @@ class AssignedBank(nn.Module):
         """
         assignment = as_tensor(assignment, "an assignment", error=AssignmentError)
         check_assignment(assignment, self.num_classes, self.bank.num_prototypes)
-        if self.assignment.is_meta:
+        if self._entries()[0].is_meta:
             raise AssignmentError("the head has no values yet (device meta). Load a checkpoint first.")
         assignment = assignment.detach().cpu()
         self._write(assignment, self._count(assignment))
@@ -139,12 +146,24 @@ class AssignedBank(nn.Module):
 
     def _count(self, assignment: Tensor | None) -> int:
         """How often an assignment was set, once this one (C,) is set, or none; 1 where there were no values."""
-        if self.assignment.is_meta or not has_values(self.bank.prototypes):
+        present = self._entries()[0]
+        if present.is_meta or not has_values(self.bank.prototypes):
             return 1
-        is_new = assignment is not None and not torch.equal(assignment, self.assignment.cpu())
+        is_new = assignment is not None and not torch.equal(assignment, present.cpu())
         return (next_count if is_new else count_of)(self.assignment_record, self.format_version)
 
-    def _look(self) -> None:
+    def __getattr__(self, name: str) -> Any:
+        # Read by hand, an average has its assignment too, before it is evaluated; what trains is not kept waiting.
+        buffer = self._buffers.get(name) if name == "assignment" else None
+        if buffer is not None and buffer.device.type == "cpu" and not (self._awaits_values or has_ranks()):
+            self._look(in_training=True)
+        return super().__getattr__(name)
+
+    def _entries(self) -> list[Tensor]:
+        """The three buffers that say the assignment, as they are: to read `assignment` is to look at them."""
+        return [cast(Tensor, nn.Module.__getattr__(self, name)) for name in ENTRIES]
+
+    def _look(self, *, in_training: bool = False) -> None:
         """Let the three entries of the assignment say the same again, where something else has written to them.
 
         Waits for a GPU, but only once after each write or change of mode, and in evaluation only: in training buffers
@@ -153,9 +172,9 @@ class AssignedBank(nn.Module):
         Raises:
             AssignmentError: they are an average over different assignments, or hold none.
         """
-        if (self.training and torch.is_grad_enabled()) or makes_graph():
+        if (self.training and torch.is_grad_enabled() and not in_training) or makes_graph():
             return
-        entries = (self.assignment, self.assignment_record, self.format_version)
+        entries = self._entries()
         # Other classes of tensors may have no values to look at, and tensors made in inference mode count no writes.
         if any(type(each) is not Tensor or each.is_meta or each.is_inference() for each in entries):
             return
@@ -170,13 +189,19 @@ class AssignedBank(nn.Module):
         count = count_of(record, stamp) + int(is_of_another(record, found))
         if not torch.equal(found, assignment) or not torch.equal(record, record_of(found, count).to(record.dtype)):
             self._write(found, count)
-        self._seen = tuple((id(each), each._version) for each in entries)
+        self._note_seen()
+
+    def _note_seen(self) -> None:
+        entries = self._entries()
+        if not any(each.is_inference() for each in entries):
+            self._seen = tuple((id(each), each._version) for each in entries)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_seen": ()}  # of these tensors, not of a copy's
 
     @torch.no_grad()
     def _write(self, assignment: Tensor, count: int) -> None:
-        self.assignment.copy_(assignment)
-        self.assignment_record.copy_(record_of(assignment, count))
-        self.format_version.copy_(format_version(count))
+        values = (assignment, record_of(assignment, count), format_version(count))
+        for entry, value in zip(self._entries(), values, strict=True):
+            entry.copy_(value)
+        self._note_seen()

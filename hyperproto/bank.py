@@ -8,21 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from hyperproto.arguments import flag, matrix, readable, seed_number, whole_number
+from hyperproto.checkpoint import is_same_memory, loading_under_way
 from hyperproto.constructions import CONSTRUCTIONS, choose_method
 from hyperproto.constructions.class_vectors import class_vector_points
 from hyperproto.errors import BankError
 from hyperproto.precision import keeping_dtype
+from hyperproto.prototypes import check_kind, check_same_prototypes, check_unit_rows, equal_rows, has_values
 from hyperproto.separation import BankReport, report_separation
 from hyperproto.sphere import normalise
 from hyperproto.telling import tell
 
-#: Largest difference of an entry between prototypes that count as the same: what other machines' rounding makes of one
-#: construction, and far below what separates two.
-SAME_PROTOTYPES = 1e-4
-#: How far from 1 the length of a row may be: averages over buffers move prototypes by their rounding.
-UNIT_LENGTH = 1e-3
-#: Distance of two rows below which they are one direction, normalised from two lengths.
-SAME_DIRECTION = 1e-6
 #: Rows that a move between devices compares at a time.
 COMPARED_AT_ONCE = 65_536
 
@@ -32,7 +27,7 @@ class PrototypeBank(nn.Module):
 
     The same arguments give the same bank, bit for bit, on machines of one kind; the global random state is neither
     read nor changed. Whatever `half()` or `double()` do to a model around it, the prototypes stay in float32. After
-    `to_empty` they are NaN until a checkpoint is loaded.
+    `to_empty` they are NaN until a checkpoint is loaded or `reset_parameters` builds them anew.
 
     Args:
         num_prototypes: P >= 2, the number of classes or more.
@@ -92,10 +87,11 @@ class PrototypeBank(nn.Module):
         power = whole_number(power, "power", largest=2, error=BankError)
         half_space = flag(half_space, "half_space")
         _check_energy_options(method, power, half_space)
-        options = {"power": power, "half_space": half_space} if method == "energy" else {}
-        generator = torch.Generator(device="cpu").manual_seed(seed)
-        self.register_buffer("prototypes", CONSTRUCTIONS[method](num_prototypes, dim, generator, **options))
         self.method = method
+        self._options = {"power": power, "half_space": half_space} if method == "energy" else {}
+        self._seed: int | None = seed
+        self.register_buffer("prototypes", self._build(num_prototypes, dim))
+        self._kept: Tensor | None = None
 
     @classmethod
     def from_tensor(cls, prototypes: Tensor) -> "PrototypeBank":
@@ -123,7 +119,7 @@ class PrototypeBank(nn.Module):
                 f"expected finite, non-zero prototypes, got {len(pointless)} rows without a direction, "
                 f"the first at {pointless[:5]}. Drop or replace them."
             )
-        equal = _equal_rows(unit_rows)
+        equal = equal_rows(unit_rows)
         if equal:
             tell(
                 f"{len(equal)} prototypes of {len(unit_rows)} equal others, the first pairs being rows {equal[:5]}: "
@@ -177,11 +173,34 @@ class PrototypeBank(nn.Module):
         return cls._holding(class_vector_points(vectors, dim), "class vectors")
 
     @classmethod
+    def from_checkpoint(cls, state_dict: Mapping[str, Tensor], name: str) -> "PrototypeBank":
+        """A bank of the prototypes that a `state_dict` holds under a name, bit for bit; `method` is "loaded".
+
+        Nothing is constructed, whatever made them. They are copied.
+
+        Raises:
+            BankError: what is there are no prototypes: no unit rows in float32.
+
+        Examples:
+            >>> bank = PrototypeBank(4, 3)
+            >>> loaded = PrototypeBank.from_checkpoint(bank.state_dict(), "prototypes")
+            >>> torch.equal(loaded.prototypes, bank.prototypes), loaded.method
+            (True, 'loaded')
+        """
+        got = state_dict[name].detach()
+        check_kind(torch.empty(got.shape, device="meta"), got, name)
+        check_unit_rows(got, name)
+        return cls._holding(got.clone(memory_format=torch.contiguous_format), "loaded")
+
+    @classmethod
     def _holding(cls, prototypes: Tensor, method: str) -> "PrototypeBank":
         bank = cls.__new__(cls)
         nn.Module.__init__(bank)
         bank.register_buffer("prototypes", prototypes)
         bank.method = method
+        bank._seed = None
+        bank._options = {}
+        bank._kept = None
         return bank
 
     @property
@@ -221,6 +240,37 @@ class PrototypeBank(nn.Module):
         """(P, D), the prototypes. A call, so that hooks on modules (offloading) bring the buffer to where it is."""
         return self.prototypes
 
+    def keep_values(self) -> None:
+        """Remember the prototypes for `reset_parameters`, until a checkpoint brings some.
+
+        For models made on the default device "meta", whose buffers something is going to replace.
+        """
+        self._kept = self.prototypes
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Prototypes as they were built, in place, where they have been lost; else nothing: they never move.
+
+        Raises:
+            BankError: they were given, and not built.
+        """
+        if self.prototypes.is_meta:
+            return
+        if self._kept is not None:
+            self.prototypes.copy_(self._kept)
+            self._kept = None
+        elif not has_values(self.prototypes):
+            if self._seed is None:
+                raise BankError(
+                    f"the prototypes ({self.method}) were lost when the bank was emptied, and cannot be built anew. "
+                    "Load a checkpoint that has them, or convert the model with this bank when its weights are loaded."
+                )
+            self.prototypes.copy_(self._build(self.num_prototypes, self.dim))
+
+    def _build(self, num_prototypes: int, dim: int) -> Tensor:
+        generator = torch.Generator(device="cpu").manual_seed(self._seed or 0)
+        return CONSTRUCTIONS[self.method](num_prototypes, dim, generator, **self._options)
+
     def check_checkpoint(self, state_dict: Mapping[str, Any], prefix: str, *, alone: bool = False) -> None:
         """Raise unless what a `state_dict` holds for this bank under a prefix are prototypes of its shape.
 
@@ -236,14 +286,23 @@ class PrototypeBank(nn.Module):
         name = prefix + "prototypes"
         if name in state_dict:
             got = state_dict[name]
-            _check_kind(self.prototypes, got, name)
-            _check_unit_rows(got, name)
+            check_kind(self.prototypes, got, name)
+            check_unit_rows(got, name)
             if alone:
-                _check_same_prototypes(self.prototypes, got, name)
+                check_same_prototypes(self.prototypes, got, name)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        # Once, by the first of its names, where several heads share it: safetensors takes no tensor twice.
+        if not any(isinstance(each, Tensor) and is_same_memory(each, self.prototypes) for each in destination.values()):
+            super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        name = prefix + "prototypes"
+        if name not in state_dict:
+            state_dict.update((name, value) for value in _by_another_name(self))
         self.check_checkpoint(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._kept = None if name in state_dict else self._kept
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PrototypeBank":
         before = self.prototypes
@@ -254,9 +313,11 @@ class PrototypeBank(nn.Module):
         return self
 
 
-def has_values(prototypes: Tensor) -> bool:
-    """Whether a bank's prototypes are there: not on the device "meta", and loaded since `to_empty` made them NaN."""
-    return not (prototypes.is_meta or bool(prototypes[0].isnan().any()))
+def _by_another_name(bank: PrototypeBank) -> list[Tensor]:
+    """Prototypes that the checkpoint under way holds for a bank under another of its names; one, or none."""
+    root, whole = loading_under_way() or (bank, {})
+    names = [name for name, each in root.named_modules(remove_duplicate=False) if each is bank]
+    return [whole[f"{name}.prototypes"] for name in names if f"{name}.prototypes" in whole][:1]
 
 
 def _values_lost(before: Tensor, after: Tensor) -> bool:
@@ -265,60 +326,6 @@ def _values_lost(before: Tensor, after: Tensor) -> bool:
         return False
     pairs = zip(torch.split(before, COMPARED_AT_ONCE), torch.split(after, COMPARED_AT_ONCE), strict=True)
     return before.is_meta or not all(torch.equal(old.to(new.device), new) for old, new in pairs)
-
-
-def _check_unit_rows(got: Tensor, name: str) -> None:
-    if got.is_meta:
-        return
-    error = float((got.norm(dim=1) - 1.0).abs().max())
-    if not error <= UNIT_LENGTH:
-        raise BankError(
-            f"the checkpoint's {name} has rows that are no prototypes: one has a length that is off 1 by {error:.2g}. "
-            "The entry was cast, averaged or damaged; take prototypes from the bank itself, or from another checkpoint."
-        )
-
-
-def _equal_rows(rows: Tensor) -> list[tuple[int, int]]:
-    """Pairs of unit rows (P, D) of one direction, each row but one of a set of equal ones; O(P D + P log P)."""
-    rows = rows.cpu().double()
-    direction = torch.randn(rows.shape[1], generator=torch.Generator(device="cpu").manual_seed(0), device="cpu")
-    # Equal rows are neighbours in any direction, nearly equal ones in a random one: hardly any other comes between.
-    order = (rows @ direction.double()).argsort()
-    distances = (rows[order[1:]] - rows[order[:-1]]).norm(dim=1)
-    places = torch.nonzero(distances < SAME_DIRECTION).flatten()
-    pairs = torch.stack([order[places], order[places + 1]], dim=1).sort(dim=1).values
-    return sorted((first, second) for first, second in pairs.tolist())
-
-
-def _check_kind(expected: Tensor, got: Tensor, name: str) -> None:
-    if got.shape != expected.shape:
-        raise BankError(
-            f"the checkpoint's {name} has shape {tuple(got.shape)}, this head expects {tuple(expected.shape)} (number "
-            "of prototypes, dimension). Convert the model with the checkpoint's dim and bank before loading."
-        )
-    if got.dtype != expected.dtype:
-        raise BankError(
-            f"the checkpoint's {name} has dtype {got.dtype}, prototypes are {expected.dtype} in every model. Leave "
-            "them out when a checkpoint is cast; or, if the bank was built as this head's, put them back: "
-            f'checkpoint["{name}"] = head.bank.prototypes.'
-        )
-
-
-def _check_same_prototypes(expected: Tensor, got: Tensor, name: str) -> None:
-    """Raise unless a checkpoint's prototypes are those expected; where these have no values, any.
-
-    Raises:
-        BankError: other values.
-    """
-    if got.is_meta or not has_values(expected):
-        return
-    difference = float((got.to(expected.device) - expected).abs().max())
-    if not difference <= SAME_PROTOTYPES:
-        raise BankError(
-            f"the checkpoint's {name} holds other prototypes than this head, and no assignment: entries differ by up "
-            f"to {difference:.2g}. Which label each stands for is in the key `assignment` beside it: load both, or "
-            "neither."
-        )
 
 
 def _check_energy_options(method: str, power: int, half_space: bool) -> None:

@@ -5,11 +5,13 @@ torch.distributed.checkpoint drop. For a head it also counts how often labels we
 bits are the version, those above them the count, and no average keeps both.
 """
 
+import sys
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyperproto.errors import CheckpointError
 
@@ -70,3 +72,32 @@ def stamp_format_(state_dict: dict[str, Any], prefix: str, count: int = 0) -> No
         if name.startswith(prefix):
             state_dict[prefix + KEY] = format_version(count).to(value.device)
             break
+
+
+def is_same_memory(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors of one shape are views of one piece of memory; on the device "meta", of what stands for it.
+
+    Examples:
+        >>> numbers = torch.ones(3)
+        >>> is_same_memory(numbers.detach(), numbers), is_same_memory(numbers.clone(), numbers)
+        (True, False)
+    """
+    if first.shape != second.shape or first.device != second.device:
+        return False
+    try:
+        return first.untyped_storage()._cdata == second.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # within transforms of torch.func, and some classes of tensors
+        return first is second
+
+
+def loading_under_way() -> tuple[nn.Module, Mapping[str, Any]] | None:
+    """The module that is being loaded, and all of what it was given; None where nobody has called `load_state_dict`.
+
+    torch hands a module within it its own entries alone, in order; what stands beside them is only known by who asked.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is nn.Module.load_state_dict.__code__:
+            return frame.f_locals["self"], frame.f_locals["state_dict"]
+        frame = frame.f_back
+    return None

@@ -11,12 +11,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hyperproto.arguments import as_tensor, choice, matrix, positive_number, whole_number
 from hyperproto.assigned_bank import AssignedBank
-from hyperproto.bank import PrototypeBank, has_values
+from hyperproto.bank import PrototypeBank
 from hyperproto.errors import AssignmentError, CheckpointError, ShapeError
 from hyperproto.matching.problem import check_assignment
 from hyperproto.placement import Placement
 from hyperproto.precision import keeping_dtype
-from hyperproto.readout import Readout, choose_anchors
+from hyperproto.prototypes import has_values
+from hyperproto.readout import Readout, check_has_values, choose_anchors
 from hyperproto.separation import default_logit_scale
 from hyperproto.sphere import assigned_cosines, check_unit_rows
 from hyperproto.targets import has_memory
@@ -72,6 +73,8 @@ class Codebook(AssignedBank):
     ) -> None:
         choice(training_output, "training_output", get_args(TrainingOutput))
         super().__init__(bank, num_classes)
+        #: Whether the scale follows from the bank, which may have no values yet.
+        self._scale_of_bank = logit_scale is None
         if logit_scale is None:
             logit_scale = default_logit_scale(bank.prototypes, num_classes)
         logit_scale = positive_number(logit_scale, "logit_scale")
@@ -93,6 +96,8 @@ class Codebook(AssignedBank):
         self.register_buffer("anchor_inverse", inverse, persistent=False)
         #: Bank, assignment and both of these, and how often each had been written, when anchors were last right.
         self._anchored: tuple[tuple[int, int], ...] = ()
+        #: Whether anchors could not be chosen so far, since the bank had no values.
+        self._anchors_wanting = False
         self._choose_anchors()
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
@@ -184,6 +189,7 @@ class Codebook(AssignedBank):
         embeddings = matrix(embeddings, f"embeddings of shape (B, {self.dim})", smallest=(0, 1), width=self.dim)
         k = whole_number(k, "k", smallest=1, largest=self.num_classes)
         check_unit_rows(embeddings)
+        check_has_values(self.assignment, embeddings)
         self._look()
         best = embeddings.new_empty((len(embeddings), 0), dtype=torch.float32)
         labels = torch.empty((len(embeddings), 0), dtype=torch.int64, device=embeddings.device)
@@ -232,6 +238,7 @@ class Codebook(AssignedBank):
         return message
 
     def _readout(self, output: Tensor, is_embedding: bool) -> Readout:
+        check_has_values(self.assignment, output)
         if not is_embedding:
             self._follow_bank()
         return Readout(
@@ -260,12 +267,15 @@ class Codebook(AssignedBank):
         """
         if self.anchors is None or self.anchor_inverse is None or torch.compiler.is_compiling():
             return
-        buffers = (self.bank.prototypes, self.assignment, self.anchors, self.anchor_inverse)
+        buffers = (self.bank.prototypes, self._entries()[0], self.anchors, self.anchor_inverse)
         if any(each.is_meta or each.is_inference() or not has_memory(each) for each in buffers):
+            return
+        if self._anchors_wanting and has_values(self.bank.prototypes):
+            self._choose_anchors()
             return
         now = tuple((id(each), each._version) for each in buffers)
         if self._anchored and now[:2] != self._anchored[:2] and now[2:] == self._anchored[2:]:
-            check_assignment(self.assignment.cpu(), self.num_classes, self.bank.num_prototypes)
+            check_assignment(self._entries()[0].cpu(), self.num_classes, self.bank.num_prototypes)
             self._choose_anchors()
         else:
             self._anchored = now
@@ -274,9 +284,10 @@ class Codebook(AssignedBank):
     def _choose_anchors(self) -> None:
         if self.anchors is None or self.anchor_inverse is None:
             return
-        if self.anchors.is_meta or not has_values(self.bank.prototypes):
-            return  # a checkpoint brings its own
-        anchors, inverse = choose_anchors(self.bank.prototypes.cpu(), self.assignment.cpu())
+        self._anchors_wanting = self.anchors.is_meta or not has_values(self.bank.prototypes)
+        if self._anchors_wanting:
+            return
+        anchors, inverse = choose_anchors(self.bank.prototypes.cpu(), self._entries()[0].cpu())
         self.anchors.copy_(anchors)
         self.anchor_inverse.copy_(inverse)
         self._anchored = ()
@@ -295,6 +306,7 @@ class Codebook(AssignedBank):
                     own = keeping_dtype(fn) if isinstance(module, _BatchNorm) else fn
                     module._apply(own, recurse=False)  # type: ignore[no-untyped-call]
         super()._apply(keeping_dtype(fn), recurse=False)  # type: ignore[no-untyped-call]
+        self._awaits_values = self._awaits_values or self._entries()[0].is_meta
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -310,7 +322,7 @@ class Codebook(AssignedBank):
     def _give_anchors_a_place(self) -> None:
         """Let anchors leave the device "meta" once the bank has: no checkpoint brings them."""
         place = self.bank.prototypes.device
-        if place.type == "meta" or self.assignment.is_meta:
+        if place.type == "meta" or self._entries()[0].is_meta:
             return
         for name in ("anchors", "anchor_inverse"):
             buffer = getattr(self, name)
@@ -322,5 +334,6 @@ class Codebook(AssignedBank):
 
 
 def _after_load(codebook: Codebook, incompatible_keys: object) -> None:
+    codebook._awaits_values = codebook._entries()[0].is_meta
     codebook._give_anchors_a_place()
     codebook._choose_anchors()

@@ -15,6 +15,9 @@ from hyperproto.precision import full_precision, keeping_dtype
 
 Projection = Literal["auto", "none", "linear", "linear+bn"]
 
+#: What transformers marks by: tensors that it has loaded, and modules that need no start of their own or have had it.
+LOADED = "_is_hf_initialized"
+
 
 def build_projection(projection: Projection, in_features: int, dim: int, *, seed: int) -> nn.Module:
     """A module (B, in_features) -> (B, dim): nothing, a linear map, or that and batch norm ("auto").
@@ -25,7 +28,11 @@ def build_projection(projection: Projection, in_features: int, dim: int, *, seed
     if projection == "none":
         return nn.Identity()
     linear = SeededLinear(in_features, dim, seed=seed)
-    return linear if projection == "linear" else RowSequential(linear, RowBatchNorm(dim, dtype=torch.float32))
+    layers = linear if projection == "linear" else RowSequential(linear, RowBatchNorm(dim, dtype=torch.float32))
+    for layer in layers.modules():
+        # transformers' `init_weights` would draw them from the global generator: heads see to their start themselves.
+        setattr(layer, LOADED, True)
+    return layers
 
 
 def seed_of_projection(seed: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hyperproto.errors import ArgumentError, ShapeError
+from hyperproto.errors import ArgumentError, AssignmentError, ShapeError
 from hyperproto.precision import full_precision
 from hyperproto.sphere import assigned_cosines
 from hyperproto.targets import IGNORE_INDEX, Target, can_be_looked_at, read_target, to_look_up, to_rows
@@ -148,6 +148,19 @@ class Readout:
             own_prototypes = self.prototypes[self.assignment.gather(0, labels)]
             return (self.output.float() * own_prototypes).sum(dim=1, keepdim=True)
         return self.output.gather(1, labels[:, None]).float() / self.logit_scale
+
+
+def check_has_values(assignment: Tensor, given: Tensor) -> None:
+    """Raise where a head's buffers are on the device "meta" and what it is to read is not.
+
+    Raises:
+        AssignmentError: they are.
+    """
+    if assignment.is_meta and not given.is_meta:
+        raise AssignmentError(
+            "the head has no values now (device meta). Load a checkpoint; of an offloaded model, whose buffers come "
+            "back for the time of a call, use what the model returns, or offload without offload_buffers=True."
+        )
 
 
 def choose_anchors(prototypes: Tensor, assignment: Tensor) -> tuple[Tensor, Tensor]:

@@ -127,6 +127,16 @@ def test_an_average_over_one_assignment_has_that_assignment(average, spare):
     torch.testing.assert_close(head.recover_embeddings(head(features)), head.embed(features), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("average", RAISES.values(), ids=RAISES)
+def test_the_assignment_of_an_average_is_read_without_evaluating_it(average):
+    model = small(2 * NUM_CLASSES)
+    model[2].assign_(MOVES["all labels"] + 5)
+    averaged = average(model)
+    for _ in range(3):
+        averaged.update_parameters(model)
+    assert torch.equal(averaged.module[2].assignment, model[2].assignment)
+
+
 def changed(average: Callable[[nn.Module], nn.Module], spare: int, move: Tensor) -> tuple[nn.Module, nn.Module]:
     """A model, and an average across a change of its assignment."""
     model = small(NUM_CLASSES + spare)

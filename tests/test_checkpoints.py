@@ -132,9 +132,8 @@ def test_models_and_assigners_come_back_exactly(way, momentum, tmp_path):
     assert_holds(resumed, snapshot(assigner))
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way is not safetensors_file])
+@pytest.mark.parametrize("way", WAYS)
 def test_heads_that_share_a_bank_come_back_and_share_it_still(way, tmp_path):
-    # No bank is loaded twice, and whichever name safetensors kept of the two serves both.
     name = "deit_tiny_distilled_patch16_224"
     model, twin = converted(name), converted(name, bank=PrototypeBank(NUM_CLASSES, 5), seed=1)
     permute_(model)
@@ -143,11 +142,33 @@ def test_heads_that_share_a_bank_come_back_and_share_it_still(way, tmp_path):
     assert twin.head.bank is twin.head_dist.bank
 
 
-def test_safetensors_keeps_shared_banks_with_save_model_only(tmp_path):
-    # docs/checkpoints.md says so: if this stops raising, the page can be shorter.
-    model = converted("deit_tiny_distilled_patch16_224")
-    with pytest.raises(RuntimeError, match="save_model"):
-        safetensors.torch.save_file(model.state_dict(), tmp_path / "state.safetensors")
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_shared_bank_is_stored_once_and_with_each_head_alone(device):
+    model = converted("deit_tiny_distilled_patch16_224").to(device)
+    assert [name for name in model.state_dict() if "prototypes" in name] == ["head.bank.prototypes"]
+    assert [name for name in nn.DataParallel(model).state_dict() if "prototypes" in name] == [
+        "module.head.bank.prototypes"
+    ]
+    for head in (model.head, model.head_dist):
+        assert "bank.prototypes" in head.state_dict()
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("stored", [["head"], ["head_dist"], ["head", "head_dist"]])
+def test_a_shared_bank_loads_by_any_of_its_names(stored, assign):
+    # Earlier versions stored it with each head, and safetensors' save_model kept whichever came first.
+    name = "deit_tiny_distilled_patch16_224"
+    model, twin = converted(name), converted(name, bank=PrototypeBank(NUM_CLASSES, 5, seed=1))
+    permute_(model)
+    state = snapshot(model)
+    prototypes = state.pop("head.bank.prototypes")
+    state |= {f"{head}.bank.prototypes": prototypes.clone() for head in stored}
+    for target in (twin, Within(twin)):
+        prefix = "" if target is twin else "model."
+        target.load_state_dict({prefix + key: value for key, value in state.items()}, assign=assign)
+        assert_holds(twin, snapshot(model))
+    with pytest.raises(RuntimeError, match=r"Missing key.*prototypes"):
+        twin.load_state_dict({key: value for key, value in state.items() if "prototypes" not in key})
 
 
 # What does not fit

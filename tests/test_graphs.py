@@ -50,7 +50,10 @@ def test_scripted(name, tmp_path):
     torch.testing.assert_close(scripted(batch), model(batch))
     scripted.save(str(tmp_path / "model.pt"))
     permute_(model)
-    scripted.load_state_dict(model.state_dict())  # the assignment is a buffer of the script as well
+    # The assignment is a buffer of the script as well. A script does not know that a bank stands for several names.
+    told = scripted.load_state_dict(model.state_dict(), strict=False)
+    shared = ["head_dist.bank.prototypes"] if "distilled" in name else []
+    assert (told.missing_keys, told.unexpected_keys) == (shared, [])
     torch.testing.assert_close(scripted(batch), model(batch))
     torch.jit.load(str(tmp_path / "model.pt"))
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted(page.stem for page in (ROOT / "docs").glob("*.md"))
 GROUPS = [
     "Convert",
+    "Save and load",
     "Train",
     "Fit",
     "Deploy",

@@ -265,6 +265,9 @@ class Soak:
         self.expected = copy.deepcopy(self.saved[1])
         if assign:  # the dtype that was saved
             self.averaged = None
+        elif self.averaged is not None:  # goes back as well, as docs/checkpoints.md says
+            self.averaged.module.load_state_dict(state["model"])
+            self.in_average = self.expected.assignment
 
     def change_dtype(self) -> None:
         self.model.to(self.random.choice(DTYPES))

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from hyperproto.arguments import flag, seed_number, shown, whole_number
 from hyperproto.bank import PrototypeBank
+from hyperproto.class_names import check_number_of_names, read_class_names
 from hyperproto.codebook import TrainingOutput
 from hyperproto.conversion.channels import ChannelsFirstHead
 from hyperproto.conversion.describe import describe
+from hyperproto.conversion.like import Task, find_tasks
 from hyperproto.conversion.loading import guard_loading
 from hyperproto.conversion.locate import (
     Leaf,
@@ -24,7 +29,8 @@ from hyperproto.conversion.locate import (
 )
 from hyperproto.conversion.reach import check_reach
 from hyperproto.conversion.record import RECORD, Conversion, Snapshot, count_parameters, find_reference
-from hyperproto.conversion.restore import guard_reset
+from hyperproto.conversion.restore import guard_reset, restore_model
+from hyperproto.conversion.stored import State, read_state
 from hyperproto.conversion.structures import (
     build_missing_classifier,
     drop_token_head,
@@ -55,6 +61,8 @@ def convert_model(
     training_output: TrainingOutput = "logits",
     warm_start: bool = False,
     seed: int = 0,
+    like: State | str | os.PathLike[str] | None = None,
+    class_names: Sequence[str] | Any = None,
 ) -> nn.Module:
     """Replace the model's classifiers by `HypersphericalHead`s, in place; returns the same model.
 
@@ -85,6 +93,12 @@ def convert_model(
         warm_start: start from a trained classifier: choose projections and assignment so that the converted model
             ranks classes as the trained one does, as far as D allows. See `conversion.warm_start.warm_start_`.
         seed: of the bank and of the projections' start.
+        like: a `state_dict`, file or folder of a converted model of this kind: its heads are found by their keys, and
+            this model gets the same, with their prototypes, assignment and scale, but fresh projections. No bank is
+            built. `training_output` and `class_names` are in no `state_dict`; the arguments above are, and are not to
+            be given beside it. `load_model` does this and loads.
+        class_names: C names in the order of the labels, or a data set that has them (`classes` or `class_to_idx`, as
+            torchvision's ImageFolder). `describe` and `save_pretrained` show them, `check_class_names` compares them.
 
     Raises:
         AlreadyConvertedError: the model has a hyperspherical head, and `classifier` names no layer of another task.
@@ -93,6 +107,8 @@ def convert_model(
             torch.compile has wrapped already; says what to do.
         BankError, ArgumentError: the heads cannot be built with these arguments.
         ArgumentError, ShapeError: a warm start from no trained classifier, or from one of other classes.
+        LabelError: names that are not as many as labels, or not different.
+        CheckpointError: what `like` is has no head that this model could have.
 
     Examples:
         >>> import torch
@@ -102,6 +118,64 @@ def convert_model(
         >>> model(torch.randn(3, 4, 4)).shape
         torch.Size([3, 4])
     """
+    names = read_class_names(class_names)
+    if like is not None:
+        made_of = [dim, num_classes, classifier, *(None if each == "auto" else each for each in (bank, projection))]
+        if any(each is not None for each in (*made_of, warm_start or None, seed or None)):
+            raise ArgumentError(
+                "expected like= without dim, num_classes, bank, classifier, projection, warm_start and seed, which it "
+                "tells. Drop these."
+            )
+        _convert_like(model, read_state(like), training_output, names)
+    else:
+        _convert(model, dim, num_classes, bank, classifier, projection, training_output, warm_start, seed, names)
+    if logger.isEnabledFor(logging.INFO):
+        logger.info("%s", describe(model))
+    return model
+
+
+def _convert_like(
+    model: nn.Module, state: State, training_output: TrainingOutput, class_names: tuple[str, ...] | None
+) -> None:
+    """One conversion for each task that a checkpoint has; all of them or none."""
+    others = get_heads(model)
+    if others:
+        _check_no_head_at(model, others, None)
+    try:
+        for task in find_tasks(model, state):
+            first = task.first
+            _convert(
+                model,
+                None,
+                first.num_classes,
+                task.build_bank(),
+                task.classifier,
+                first.projection,
+                training_output,
+                False,
+                0,
+                class_names,
+                task,
+            )
+    except BaseException:
+        if RECORD in model.__dict__:
+            restore_model(model)
+        raise
+
+
+def _convert(
+    model: nn.Module,
+    dim: int | None,
+    num_classes: int | None,
+    bank: str | PrototypeBank,
+    classifier: str | None,
+    projection: Projection,
+    training_output: TrainingOutput,
+    warm_start: bool,
+    seed: int,
+    class_names: tuple[str, ...] | None,
+    task: Task | None = None,
+) -> None:
     others = get_heads(model)
     if classifier is not None and not isinstance(classifier, str):
         raise ArgumentError(f"expected classifier to be the dotted name of a layer, got {shown(classifier)}.")
@@ -122,14 +196,23 @@ def convert_model(
             raise ArgumentError("a bare layer cannot be replaced in place: use HypersphericalHead itself.")
         dropped, more = drop_token_head(model, leaves)
         leaves = {name: leaf for name, leaf in leaves.items() if name not in dropped}
+        if task is not None:
+            task.check_widths({name: num_inputs(leaf) for name, leaf in leaves.items()})
         if warm_start:
             bank = _bank_of_warm_start(leaves, dim, num_classes, bank)
         heads = _build_heads(leaves, dim, num_classes, bank, projection, training_output, seed)
+        for head in heads.values():
+            check_number_of_names(class_names, head.num_classes)
+            head.class_names = class_names
         if warm_start:
             more += _warm_start(heads, leaves)
         record = Conversion({}, num_parameters, dropped=dict(dropped), notes=notes + more)
         found = classifier is None or classifier in known_names(model)
         _put_in(model, leaves, heads, record, seed)
+        if task is not None:
+            task.check_names(list(record.leaves))
+            for name, head in zip(record.leaves, heads.values(), strict=True):
+                head.load_state_dict(task.own_entries(name), strict=False)
         if not others:
             count = next(iter(heads.values())).num_classes
             set_num_classes(model, list(record.leaves), count)
@@ -145,9 +228,6 @@ def convert_model(
         else:
             record.add_earlier(earlier)
         model.__dict__[RECORD] = record
-    if logger.isEnabledFor(logging.INFO):
-        logger.info("%s", describe(model))
-    return model
 
 
 def _check_no_head_at(model: nn.Module, heads: dict[str, HypersphericalHead], classifier: str | None) -> None:
@@ -197,7 +277,9 @@ def _build_heads(
     for name, leaf in leaves.items():
         # Quantised weights are integers, which a head cannot be trained in.
         dtype = leaf.weight.dtype if leaf.weight.is_floating_point() else torch.get_default_dtype()
-        heads[name].to(device=leaf.weight.device, dtype=dtype).train(leaf.training)
+        # What has made the parameters without values, as accelerate and transformers do, leaves the buffers theirs.
+        empty = leaf.weight.is_meta and any(parameter.is_meta for parameter in heads[name].parameters())
+        heads[name].to(device=None if empty else leaf.weight.device, dtype=dtype).train(leaf.training)
     return heads
 
 

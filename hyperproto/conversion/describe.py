@@ -20,13 +20,16 @@ from hyperproto.sphere import sampled_largest_cosines
 #: Prototypes whose nearest neighbours are looked for: the time must not grow with the square of a bank of a million.
 SAMPLED_ROWS = 4096
 
+#: Names of classes that are shown, beside the last.
+SHOWN_NAMES = 3
+
 
 def describe(model: nn.Module, criterion: nn.Module | None = None) -> str:
     """What the model's hyperspherical heads are and what they took the place of; changes nothing.
 
-    A line for each head (its name, what stood there, widths), one for the bank they share, one for their scale and
-    whether anything has fitted it, one for the parameters of the model before and after, and one for whatever else the
-    conversion changed.
+    A line for each head (its name, what stood there, widths), one for the bank they share, one for the names of the
+    classes where it has them, one for their scale and whether anything has fitted it, one for the parameters of the
+    model before and after, and one for whatever else the conversion changed.
 
     Args:
         model: a converted model, bare or wrapped, or any module with a head in it.
@@ -63,12 +66,28 @@ def describe(model: nn.Module, criterion: nn.Module | None = None) -> str:
         lines.append(f"{name or 'itself'}: {_origin(leaves.get(head))}{_projection(head)}")
     banks = {head.bank: f"bank: {_bank(head.bank)}" for head in heads.values()}
     lines += dict.fromkeys(banks.values())
+    lines += [
+        f"classes: {shown_names(names)}"
+        for names in dict.fromkeys(head.class_names for head in heads.values())
+        if names
+    ]
     scales = {_scale(head): None for head in heads.values()}
     lines += [f"scale: {scale}" for scale in scales]
     lines += _of_criterion(criterion, first)
     lines.append(f"parameters: {_num_parameters(model, list(converted.values()))}")
     lines += [f"also: {note}" for record in converted.values() for note in record.notes]
     return "\n  ".join(lines)
+
+
+def shown_names(names: tuple[str, ...]) -> str:
+    """Names of classes with their labels, the first few and the last.
+
+    Examples:
+        >>> shown_names(("ape", "bear", "cat", "dog", "eel"))
+        '0 ape, 1 bear, 2 cat, ... 4 eel'
+    """
+    numbered = [f"{label} {name}" for label, name in enumerate(names)]
+    return ", ".join(numbered if len(names) <= SHOWN_NAMES + 1 else [*numbered[:SHOWN_NAMES], f"... {numbered[-1]}"])
 
 
 def _origin(leaf: Leaf | None) -> str:

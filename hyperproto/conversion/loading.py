@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
-from types import FrameType
 from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from hyperproto.checkpoint import loading_under_way
 from hyperproto.heads import get_heads
 from hyperproto.running_means import RunningMeans
 
@@ -30,21 +29,7 @@ def guard_loading(model: nn.Module) -> RemovableHandle:
 def _check_parts(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
     for name, head in get_heads(model).items():
         head.check_checkpoint(state_dict, f"{prefix}{name}.")
-    root, whole = _under_way(model, state_dict)
+    root, whole = loading_under_way() or (model, state_dict)
     for name, module in root.named_modules(remove_duplicate=False):
         if isinstance(module, RunningMeans):
             module.check_checkpoint(whole, f"{name}.")
-
-
-def _under_way(model: nn.Module, state_dict: Mapping[str, Any]) -> tuple[nn.Module, Mapping[str, Any]]:
-    """The module that is being loaded, and all of what it was given.
-
-    torch hands a module within it its own entries alone, in order; what stands beside the model is only known by who
-    asked. Where nobody has called `load_state_dict`, this is the model itself.
-    """
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code is nn.Module.load_state_dict.__code__:
-            return frame.f_locals["self"], frame.f_locals["state_dict"]
-        frame = frame.f_back
-    return model, state_dict

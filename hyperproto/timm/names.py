@@ -15,15 +15,13 @@ from torch import Tensor, nn
 from hyperproto.arguments import positive_number
 from hyperproto.bank import PrototypeBank
 from hyperproto.conversion.convert import convert_model
+from hyperproto.conversion.stored import head_names
 from hyperproto.conversion.structures import CONVERTED
 from hyperproto.errors import CheckpointError
 from hyperproto.heads import get_heads
 from hyperproto.projection import Projection
 
 Build = Callable[..., nn.Module]
-
-#: The end of a head's key in a `state_dict`.
-PROTOTYPES = "bank.prototypes"
 
 
 def know_names() -> None:
@@ -88,12 +86,13 @@ def _timm_builder(name: str, build: Build) -> Build:
         config = dict(model.pretrained_cfg)
 
         def convert(state: Mapping[str, Tensor] | None = None) -> None:
-            kept = {} if state is None else _options_in(state)
-            wanted = {"dim": hp_dim, "bank": hp_bank, "projection": hp_projection}
-            _convert(model, hp_logit_scale, **(wanted | kept))
+            if state is None:
+                _convert(model, hp_logit_scale, dim=hp_dim, bank=hp_bank, projection=hp_projection)
+            else:
+                convert_model(model, like=state)
 
         def convert_for(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-            heads = _heads_in(state)
+            heads = tuple(f"{name}." for name in head_names(state))
             if not heads:
                 raise CheckpointError(
                     f"expected the weights of a converted {name}, as its configuration says, got some without a head. "
@@ -157,20 +156,6 @@ def _is_of_converted(pretrained_cfg: Any) -> bool:
     if not isinstance(pretrained_cfg, Mapping):
         return False
     return (pretrained_cfg.get("architecture") or CONVERTED).startswith(CONVERTED)
-
-
-def _heads_in(state: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """The prefixes of the heads that a `state_dict` holds."""
-    return tuple(key.removesuffix(PROTOTYPES) for key in state if key.endswith(PROTOTYPES))
-
-
-def _options_in(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What `convert_model` takes to make heads that fit a `state_dict`."""
-    prefix, *_ = _heads_in(state)
-    bank = PrototypeBank.from_tensor(state[prefix + PROTOTYPES])
-    kinds = {"linear+bn": "projection.0.weight", "linear": "projection.weight"}
-    projection = next((kind for kind, key in kinds.items() if prefix + key in state), "none")
-    return {"dim": bank.dim, "bank": bank, "projection": projection}
 
 
 def _listing_converted(plain: Callable[..., list[str]], include: str, exclude: str) -> Callable[..., list[str]]:
