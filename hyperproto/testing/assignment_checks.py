@@ -35,7 +35,8 @@ def check_assignment(source: nn.Module | Tensor, *, num_prototypes: int | None =
     """
     if isinstance(source, nn.Module):
         for head in heads_of(source).values():
-            _check_injective(head.assignment, head.num_classes, head.bank.num_prototypes)
+            buffer = dict(head.named_buffers())["assignment"]  # as it is: to read the attribute is to look at it
+            _check_injective(buffer, head.num_classes, head.bank.num_prototypes)
     else:
         if num_prototypes is not None:
             num_prototypes = whole_number(num_prototypes, "num_prototypes", smallest=1)
