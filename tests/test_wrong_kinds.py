@@ -110,6 +110,20 @@ LOSS_OPTIONS = {
 }
 
 #: A call that is right, with every argument given: of each public function, class and method with arguments.
+FIT_OPTIONS: dict[str, dict[str, object]] = {
+    "fit_head": {"bank": "class-vectors"},
+    "refit_head": {"scale": 8.0, "iterations": 2, "class_counts": [12, 12, 12, 12]},
+    "compress_head": {"dim": 2, "scale": 8.0, "iterations": 2, "class_counts": [12, 12, 12, 12]},
+    "fit_logit_scale": {},
+}
+
+
+def samples() -> tuple[torch.Tensor, torch.Tensor]:
+    """Enough of each label for a tenth to be held out."""
+    labels = torch.arange(48) % 4
+    return torch.eye(4, 8)[labels] + 0.1 * torch.randn(48, 8, generator=torch.Generator().manual_seed(0)), labels
+
+
 CALLS: dict[str, Callable[[], tuple[Callable[..., object], dict[str, Any]]]] = {
     "HypersphericalHead": lambda: (
         HypersphericalHead,
@@ -158,6 +172,12 @@ CALLS: dict[str, Callable[[], tuple[Callable[..., object], dict[str, Any]]]] = {
         convert_model,
         {"model": plain(), "dim": 3, "num_classes": 4, "bank": "auto", "classifier": "0", "projection": "linear",
          "training_output": "logits", "warm_start": True, "seed": 0, "like": None, "class_names": list("abcd")}),
+    **{
+        name: lambda name=name, options=options: (
+            getattr(hyperproto, name),
+            {"model": converted(), "loader": samples(), **options, "process_group": None})
+        for name, options in FIT_OPTIONS.items()
+    },
     "describe": lambda: (
         hyperproto.describe, {"model": converted(), "criterion": PrototypeCrossEntropyLoss(make_head())}),
     "get_heads": lambda: (hyperproto.get_heads, {"model": converted()}),
@@ -207,12 +227,12 @@ INTERNAL = {
 
 
 def public_calls() -> Iterator[tuple[str, set[str]]]:
-    """Name and arguments of each public function, class and method that has any; fits have tests of their own."""
+    """Name and arguments of each public function, class and method that has any."""
     for owner in (hyperproto, functional, testing):
         for name in owner.__all__:
             each = getattr(owner, name)
             is_error = inspect.isclass(each) and issubclass(each, (Exception, Warning))
-            if not callable(each) or is_error or is_dataclass(each) or ".fitting." in each.__module__:
+            if not callable(each) or is_error or is_dataclass(each):
                 continue
             yield name, arguments_of(each)
             if not inspect.isclass(each):
@@ -310,6 +330,8 @@ MEANT: list[tuple[set[str], list[str]]] = [
         [
             "HypersphericalHead: dim",
             "DynamicAssigner: process_group",
+            "fit_head: bank",
+            *(f"{fit}: process_group" for fit in FIT_OPTIONS),
             "DynamicAssigner: step_every",
             "convert_model: dim",
             "convert_model: class_names",
@@ -321,7 +343,13 @@ MEANT: list[tuple[set[str], list[str]]] = [
     ),
     (
         {"None", "huge"},
-        ["HypersphericalHead: logit_scale", "PrototypeCrossEntropyLoss: scale", "prototype_cross_entropy: scale"],
+        [
+            "HypersphericalHead: logit_scale",
+            "PrototypeCrossEntropyLoss: scale",
+            "prototype_cross_entropy: scale",
+            "refit_head: scale",
+            "compress_head: scale",
+        ],
     ),
     (
         {"zero"},
@@ -399,6 +427,7 @@ MEANT: list[tuple[set[str], list[str]]] = [
         ],
     ),
     ({"None", "module"}, ["describe: criterion", "check_loss: head"]),
+    ({"None", "large ints"}, ["refit_head: class_counts", "compress_head: class_counts"]),
     ({"module"}, ["get_heads: model"]),
     (
         {"None"},
