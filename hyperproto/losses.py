@@ -80,7 +80,7 @@ class PrototypeLoss(nn.Module):
         Raises:
             ShapeError, ArgumentError, LabelError: output or target do not fit; nothing has changed then.
         """
-        if not isinstance(indices_tuple, tuple | None):
+        if indices_tuple is not None and not isinstance(indices_tuple, tuple):
             raise ArgumentError(
                 "expected no third argument, or the tuple of indices that pytorch-metric-learning hands on, got "
                 f"{shown(indices_tuple)}. Weights of classes are an option, PrototypeCrossEntropyLoss(..., weight=...)."
