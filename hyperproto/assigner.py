@@ -264,9 +264,8 @@ class DynamicAssigner(RunningMeans):
             RankError: ranks differ, or another one raised an error; on every rank but that one.
             HyperprotoWarning: once for each cause, what was probably not meant, such as that no batch came.
             AssignmentError: the model returned NaN or infinity for half of the samples or more, with the labels, or
-                state of one rank that was written over another's; the same on every rank.
-
-            Means and assignment stay as they were.
+                state of one rank that was written over another's; the same on every rank. Means and assignment stay
+                as they were.
         """
         started = time.perf_counter()
         head, group = self.head, self.process_group

@@ -254,6 +254,7 @@ def test_every_argument_of_every_public_call_is_tried():
         assert set(make()[1]) == public[name], name
 
 
+@pytest.mark.filterwarnings("ignore::hyperproto.HyperprotoWarning")  # of a scale fitted to a model that knows nothing
 @pytest.mark.parametrize("name", CALLS)
 def test_the_calls_are_right(name):
     call, arguments = CALLS[name]()
