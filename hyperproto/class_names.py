@@ -75,9 +75,6 @@ def check_class_names(model: nn.Module, dataset: object) -> None:
         >>> from hyperproto import convert_model
         >>> model = convert_model(nn.Sequential(nn.Linear(8, 2)), dim=2, classifier="0", class_names=["cat", "dog"])
         >>> check_class_names(model, ["cat", "dog"])
-        >>> check_class_names(model, ["ape", "cat"])  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        hyperproto.errors.LabelError: expected label 0 to be 'cat', as the model has it, got 'ape'. ...
     """
     heads = get_heads(model)
     if not heads:
