@@ -18,7 +18,7 @@ from hyperproto.matching.problem import check_assignment
 from hyperproto.modes import makes_graph
 from hyperproto.prototypes import has_values
 from hyperproto.ranks import has_ranks
-from hyperproto.targets import has_memory
+from hyperproto.targets import has_memory, writes_of
 
 #: The buffers that say the assignment.
 ENTRIES = ("assignment", "assignment_record", "format_version")
@@ -117,8 +117,7 @@ class AssignedBank(nn.Module):
 
     def _read_checkpoint(self, state_dict: Mapping[str, Any], prefix: str) -> Tensor | None:
         """The assignment (C,) of a checkpoint, on the CPU; None where it has none, or no values."""
-        names = ("assignment", "assignment_record", "format_version")
-        assignment, record, stamp = (state_dict.get(prefix + name) for name in names)
+        assignment, record, stamp = (state_dict.get(prefix + name) for name in ENTRIES)
         if assignment is None or any(each is not None and each.is_meta for each in (assignment, record, stamp)):
             return None
         try:
@@ -169,6 +168,9 @@ class AssignedBank(nn.Module):
         Waits for a GPU, but only once after each write or change of mode, and in evaluation only: in training buffers
         may be written at every step (DistributedDataParallel broadcasts them), and a graph cannot raise by value.
 
+        Args:
+            in_training: look in train mode too, as reading by hand does.
+
         Raises:
             AssignmentError: they are an average over different assignments, or hold none.
         """
@@ -178,8 +180,7 @@ class AssignedBank(nn.Module):
         # Other classes of tensors may have no values to look at, and tensors made in inference mode count no writes.
         if any(type(each) is not Tensor or each.is_meta or each.is_inference() for each in entries):
             return
-        written = tuple((id(each), each._version) for each in entries)
-        if written == self._seen or not all(map(has_memory, entries)) or not has_values(self.bank()):
+        if writes_of(entries) == self._seen or not all(map(has_memory, entries)) or not has_values(self.bank()):
             return
         assignment, record, stamp = (each.cpu() for each in entries)
         try:
@@ -194,7 +195,7 @@ class AssignedBank(nn.Module):
     def _note_seen(self) -> None:
         entries = self._entries()
         if not any(each.is_inference() for each in entries):
-            self._seen = tuple((id(each), each._version) for each in entries)
+            self._seen = writes_of(entries)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_seen": ()}  # of these tensors, not of a copy's

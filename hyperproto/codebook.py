@@ -20,7 +20,7 @@ from hyperproto.prototypes import has_values
 from hyperproto.readout import Readout, check_has_values, choose_anchors
 from hyperproto.separation import default_logit_scale
 from hyperproto.sphere import assigned_cosines, check_unit_rows
-from hyperproto.targets import has_memory
+from hyperproto.targets import has_memory, writes_of
 from hyperproto.telling import tell
 
 TrainingOutput = Literal["logits", "embedding"]
@@ -273,7 +273,7 @@ class Codebook(AssignedBank):
         if self._anchors_wanting and has_values(self.bank.prototypes):
             self._choose_anchors()
             return
-        now = tuple((id(each), each._version) for each in buffers)
+        now = writes_of(buffers)
         if self._anchored and now[:2] != self._anchored[:2] and now[2:] == self._anchored[2:]:
             check_assignment(self._entries()[0].cpu(), self.num_classes, self.bank.num_prototypes)
             self._choose_anchors()

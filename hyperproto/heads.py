@@ -23,19 +23,22 @@ def get_heads(model: nn.Module) -> dict[str, HypersphericalHead]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of wrappers that hold nothing else, such as DistributedDataParallel and torch.compile.
+    """The model inside of what replicates or compiles it.
+
+    In a fit DistributedDataParallel would wait in each forward pass for ranks that have fewer batches.
 
     Examples:
         >>> model = nn.Linear(2, 2)
         >>> unwrapped(nn.DataParallel(model)) is model
         True
     """
-    while list(model._modules) in (["module"], ["_orig_mod"]):
-        [inner] = model._modules.values()
-        if inner is None:
-            break
-        model = inner
-    return model
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
 
 
 def require_heads(model: nn.Module) -> tuple[HypersphericalHead, ...]:

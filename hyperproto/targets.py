@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -208,6 +208,17 @@ def has_memory(tensor: Tensor) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def writes_of(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
+    """Which tensors these are, and how often each was written: another answer where one was written or replaced.
+
+    Examples:
+        >>> before = writes_of([tensor := torch.zeros(2)])
+        >>> writes_of([tensor.add_(1)]) == before
+        False
+    """
+    return tuple((id(tensor), tensor._version) for tensor in tensors)
 
 
 def to_look_up(labels: Tensor, num_classes: int) -> Tensor:

@@ -16,6 +16,7 @@ from hyperproto.errors import ArgumentError, HeadNotFoundError, ShapeError
 from hyperproto.fitting.batches import moved, num_samples, read_batches
 from hyperproto.fitting.statistics import FeatureStatistics
 from hyperproto.head import HypersphericalHead
+from hyperproto.heads import unwrapped
 from hyperproto.modes import eval_mode
 from hyperproto.projection import has_layers
 from hyperproto.ranks import (
@@ -179,20 +180,6 @@ def evaluating(model: nn.Module, *, process_group: ProcessGroup | None = None) -
     # A loader draws its seed from the global generator.
     with agreement(_device_of(model), process_group=process_group), eval_mode(model), torch.random.fork_rng(devices=[]):
         yield
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of what replicates or compiles it.
-
-    DistributedDataParallel would wait in each forward pass for ranks that have fewer batches.
-    """
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model.get_submodule("_orig_mod")
-        else:
-            return model
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from hyperproto.errors import ArgumentError
-from hyperproto.fitting.features import checking, evaluating, run_batches, unwrapped
+from hyperproto.fitting.features import checking, evaluating, run_batches
 from hyperproto.fitting.temperature import SCALE_BOUNDS, Slopes
 from hyperproto.head import HypersphericalHead
-from hyperproto.heads import require_heads
+from hyperproto.heads import require_heads, unwrapped
 from hyperproto.ranks import ProcessGroup, add_up_ranks, share_first_
 from hyperproto.telling import tell
 
