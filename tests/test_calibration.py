@@ -39,7 +39,7 @@ def loader(model: nn.Module, noise: float = 1.0) -> DataLoader:
 def test_the_gradient_of_the_likelihood_vanishes_at_the_fitted_scale():
     model = make_model()
     data = loader(model)
-    scale = fit_logit_scale(model, data)
+    scale = fit_logit_scale(model, data, match="likelihood")
     head = model[2]
     model.eval()
     cosines = torch.cat([model(x) for x, _ in data]).double() / scale
@@ -176,8 +176,41 @@ def test_the_scale_is_that_of_the_likelihood_wherever_it_lies(seed, num_classes,
         return float(((s * cosines).softmax(dim=1) * cosines).sum() - (target * cosines).sum())
 
     if slope(2e-2) < 0.0:
-        fitted = fit_logit_scale(head, [(features, target.float() if soft else labels)])
+        fitted = fit_logit_scale(head, [(features, target.float() if soft else labels)], match="likelihood")
         assert fitted == pytest.approx(brentq(slope, 1e-2, 1e4), rel=1e-3)
+
+
+@given(seed=SEEDS, num_classes=st.integers(2, 8), log_true=st.floats(-1.0, 4.0), soft=st.booleans())
+def test_mean_confidence_is_accuracy_at_the_scale_that_matches_it(seed, num_classes, log_true, soft):
+    generator = torch.Generator().manual_seed(seed)
+    head = HypersphericalHead(4, num_classes, projection="none", bank="random", seed=seed)
+    features = torch.randn(300, 4, generator=generator)
+    cosines = (head.eval()(features) / head.logit_scale).double()
+    labels = torch.multinomial((math.exp(log_true) * cosines).softmax(dim=1), 1, generator=generator)[:, 0]
+    labels[::10] = torch.randint(num_classes, (30,), generator=generator)
+    target = nn.functional.one_hot(labels, num_classes).double() * (0.8 if soft else 1.0) + (0.2 / num_classes) * soft
+    accuracy = float(target.gather(1, cosines.argmax(dim=1, keepdim=True)).mean())
+
+    def excess(s: float) -> float:
+        return float((s * cosines).softmax(dim=1).amax(dim=1).mean()) - accuracy
+
+    if excess(2e-2) < 0.0 < excess(5e3):
+        fitted = fit_logit_scale(head, [(features, target.float() if soft else labels)], match="confidence")
+        assert excess(fitted) == pytest.approx(0.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0, 0], [1, 1, 1, 1]], ids=["always right", "always wrong"])
+def test_confidence_cannot_match_an_accuracy_of_one_or_none(labels):
+    head = HypersphericalHead(2, 2, projection="none", bank="simplex")
+    prototype = head.class_prototypes[0].expand(4, -1)
+    with pytest.warns(HyperprotoWarning):
+        scale = fit_logit_scale(head, [(prototype, torch.tensor(labels))], match="confidence")
+    assert scale == pytest.approx(1e4 if labels[0] == 0 else 1e-2)
+
+
+def test_what_is_matched_is_one_of_two():
+    with pytest.raises(ArgumentError, match="'likelihood', 'confidence'"):
+        fit_logit_scale(make_model(), [], match="accuracy")
 
 
 def test_memory_does_not_grow_with_the_samples():

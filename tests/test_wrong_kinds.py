@@ -114,7 +114,7 @@ FIT_OPTIONS: dict[str, dict[str, object]] = {
     "fit_head": {"bank": "class-vectors"},
     "refit_head": {"scale": 8.0, "iterations": 2, "class_counts": [12, 12, 12, 12]},
     "compress_head": {"dim": 2, "scale": 8.0, "iterations": 2, "class_counts": [12, 12, 12, 12]},
-    "fit_logit_scale": {},
+    "fit_logit_scale": {"match": "confidence"},
 }
 
 

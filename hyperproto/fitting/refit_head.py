@@ -69,7 +69,7 @@ def refit_head(
         model: a converted model, bare or wrapped, or a head (whose inputs the batches are then).
         loader: as for `fit_head`, with labels, not soft targets: the training data, without augmentation.
         scale: s > 0, of the cosines, and the heads' `logit_scale` afterwards. None: s is 8, and `logit_scale` is the
-            one at which held-out samples are likeliest.
+            one at which held-out samples are as often right as they are sure.
         iterations: at most so many of L-BFGS for each penalty, at least 1; each costs one or two passes over the
             features.
         class_counts: (C,) samples of each class, to predict labels as if they were equally frequent, from samples that

@@ -53,7 +53,7 @@ class Fit:
 
     Attributes:
         head: the fit, or what there was.
-        logit_scale: the scale at which its probabilities are those of held-out samples.
+        logit_scale: the scale at which held-out samples are as often right as they are sure.
         held_out: what these say; None where there are none.
     """
 
@@ -129,7 +129,9 @@ def fit_unit_head(features: HeldFeatures, task: Task, options: FitOptions) -> Fi
     )
     head, reached = (final, unseen) if report.is_better else (before, present)
     if scale is None:
-        scale = SCALE if reached.scale in SCALE_BOUNDS else reached.scale  # at a bound nothing speaks for any
+        scale = (
+            SCALE if reached.logit_scale in SCALE_BOUNDS else reached.logit_scale
+        )  # at a bound nothing speaks for any
     return Fit(head, scale, report)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hyperproto.affine import affine, affine_state
 from hyperproto.fitting.lbfgs import Samples
 from hyperproto.fitting.statistics import ClassScatter
-from hyperproto.fitting.temperature import Slopes
+from hyperproto.fitting.temperature import ScaleCurves
 from hyperproto.precision import full_precision
 from hyperproto.ranks import decided_by_first, share_first_
 from hyperproto.sphere import normalise
@@ -109,17 +109,18 @@ class UnitHead:
 
 @dataclass(frozen=True)
 class Score:
-    """How cosines do on samples, at the scale that suits them best.
+    """How cosines do on samples.
 
     Attributes:
         accuracy: weighted share of the samples with the right answer.
-        log_loss: weighted mean of the negative log-likelihood; infinity where the cosines are not finite.
-        scale: the one of the largest likelihood.
+        log_loss: weighted mean of the negative log-likelihood, at the scale where it is smallest; infinity where the
+            cosines are not finite.
+        logit_scale: the one at which mean confidence is accuracy; a bound where there is none.
     """
 
     accuracy: float
     log_loss: float
-    scale: float
+    logit_scale: float
 
     def is_better_than(self, other: Score) -> bool:
         """Whether samples are likelier, and no fewer right."""
@@ -129,17 +130,15 @@ class Score:
 @torch.no_grad()
 def score(head: UnitHead, samples: Samples) -> Score:
     """How a head does on all ranks' samples."""
-    slopes, correct = Slopes(), torch.zeros((), dtype=torch.float64, device="cpu")
+    curves = ScaleCurves()
     for features, labels in samples.batches:
-        cosines, weights = head.cosines(features), samples.weights[labels]
-        slopes.add(cosines, labels, weights)
-        correct += float(((cosines.argmax(dim=1) == labels) * weights).sum())
-    samples.add_up([*slopes.tensors(), correct])
-    if not bool(slopes.slopes.isfinite().all()):
-        return Score(float(correct), math.inf, 1.0)
-    scale = slopes.best_scale()
+        curves.add(head.cosines(features), labels, samples.weights[labels])
+    samples.add_up(curves.tensors())
+    if not curves.are_finite():
+        return Score(float(curves.correct), math.inf, 1.0)
+    scale = curves.best_scale("likelihood")
 
     def loss(features: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(scale * head.cosines(features), labels, reduction="none")
 
-    return Score(float(correct), samples.mean(loss), scale)
+    return Score(float(curves.correct), samples.mean(loss), curves.best_scale("confidence"))
