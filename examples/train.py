@@ -56,7 +56,7 @@ from tqdm import tqdm
 import hyperproto
 
 #: Published settings; flags given on the command line override them, and docs/training.md says where we differ. The
-#: defaults are the recipe of docs/results.md.
+#: defaults are the recipe of docs/results_scratch.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "cifar100-balanced": {
         "model": "cifar_resnet32", "width": 16, "head": "dl2pa", "dim": 50, "projection": "linear", "bank": "uniform",

@@ -1,4 +1,4 @@
-"""The runs behind docs/results.md, made by examples/train.py: those that experiments/results/ does not have yet.
+"""The runs behind docs/results_scratch.md, made by examples/train.py: those that experiments/results/ lacks.
 
     python experiments/cifar100.py balanced DATA --jobs 2 --threads 1     # two runs at a time, each on a core
     python experiments/cifar100.py banks DATA --jobs 2 --threads 1        # from the simplex runs of the former
@@ -10,7 +10,7 @@
     python experiments/cifar100.py long-tail DATA --list                  # what is done and what is not
     python experiments/cifar100.py published DATA                         # 200 epochs each: for a GPU
     python experiments/cifar100.py quarter DATA --jobs 2 --threads 1      # of the published epochs, all else the same
-    python experiments/tables.py                                          # docs/results.md from all results
+    python experiments/tables.py                                          # docs/results_scratch.md from all results
 
 DATA is a folder of class folders of CIFAR-100, DATA/train/<class>/*.png and DATA/test/<class>/*.png. "long-tail" has
 the 10,847 images of the published profile at imbalance 0.01, "published" and "quarter" the 12,608 of 0.02, the others
@@ -82,7 +82,7 @@ RECIPE = "--head etf --loss cross-entropy --lr 0.2 --refit 200"
 AT_HALF = f"{RECIPE} --dim 50 --head dl2pa --bank orthoplex"
 
 # fmt: off
-#: The same network, epochs, schedule and projection for all. docs/results.md tells which learning rates were compared.
+#: The same network, epochs, schedule and projection for all. docs/results_scratch.md tells which rates were compared.
 METHODS: dict[str, dict[str, str]] = {
     "balanced": {
         "softmax": "--head softmax --lr 0.2 --dim {dim}",

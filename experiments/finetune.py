@@ -28,6 +28,7 @@ from _data import Split, select
 from mosaics import read_mosaics
 from penalised import Probe, fit_probe
 from pretrained import NAME, features_of, load_pretrained
+from scipy.optimize import brentq
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -48,10 +49,10 @@ FROZEN = 5
 DIMS = (50, 25, 10)
 WIDE = ("softmax, from zero", "softmax, from its penalised probe")
 NARROW = (
+    "cross-entropy, from class vectors",
     "two-factor softmax, from its penalised probe",
-    "three lines, from fit_head",
-    "three lines, bank and projection from class vectors",
-    "cross-entropy, bank and projection from class vectors",
+    "published pull, from class vectors",
+    "published pull, from fit_head",
 )
 
 #: Maps that reach the stages that train, or features, and their labels.
@@ -60,12 +61,10 @@ Samples = tuple[Tensor, Tensor]
 
 def runs() -> Iterator[dict[str, Any]]:
     """Method, dimension and seed, in order of worth."""
-    for seed in range(3):
-        for dims in (DIMS[:2], DIMS[2:]):
-            for dim in dims:
-                yield from ({"method": method, "dim": dim, "seed": seed} for method in NARROW)
-            if dims == DIMS[:2]:
-                yield from ({"method": method, "dim": None, "seed": seed} for method in WIDE)
+    for wide, narrow in ((WIDE[:1], NARROW[:2]), (WIDE[1:], NARROW[2:])):
+        for seed in range(3):
+            yield from ({"method": method, "dim": None, "seed": seed} for method in wide)
+            yield from ({"method": method, "dim": dim, "seed": seed} for dim in DIMS for method in narrow)
 
 
 class Data:
@@ -144,13 +143,9 @@ def build(run: dict[str, Any], data: Data, tuned: nn.Module) -> tuple[nn.Module,
         tuned.classifier = TwoFactors(probe)
         return tuned, F.cross_entropy, {"penalty": probe.penalty}
     tuned.reset_classifier(NUM_CLASSES)
-    from_class_vectors = method.endswith("class vectors")
-    hyperproto.convert_model(tuned, dim=NUM_CLASSES if from_class_vectors else dim, seed=run["seed"])
+    hyperproto.convert_model(tuned, dim=dim, seed=run["seed"])
     loader = list(zip(data.fit[0].split(100), data.fit[1].split(100), strict=True))
-    if from_class_vectors:
-        hyperproto.compress_head(tuned, loader, dim=dim)
-    else:
-        hyperproto.fit_head(tuned, loader)
+    hyperproto.fit_head(tuned, loader, bank="class-vectors" if method.endswith("class vectors") else None)
     assigner = hyperproto.DynamicAssigner(tuned)
     if method.startswith("cross-entropy"):
         criterion = hyperproto.PrototypeCrossEntropyLoss(assigner)
@@ -186,10 +181,12 @@ def train_run(run: dict[str, Any], data: Data, weights: Path) -> dict[str, Any]:
         if isinstance(getattr(criterion, "assigner", None), hyperproto.DynamicAssigner):
             moved.append(criterion.assigner.step().changed)
     logits, labels = predict(model, data.test)
-    temperature = train.fit_temperature(*predict(model, data.held_out))
-    figures = train.figures(logits, labels, torch.full((NUM_CLASSES,), TRAINED), temperature)
+    held_out, counts = predict(model, data.held_out), torch.full((NUM_CLASSES,), TRAINED)
+    figures = train.figures(logits, labels, counts, train.fit_temperature(*held_out))
+    matched = train.figures(logits, labels, counts, matched_temperature(*held_out))
     return {
         **{key: figures[key] for key in ("top1", "top5", "calibration_error", "calibration_error_fitted")},
+        "calibration_error_matched": matched["calibration_error_fitted"],
         "start_top1": before,
         **told,
         "loss": history,
@@ -198,6 +195,16 @@ def train_run(run: dict[str, Any], data: Data, weights: Path) -> dict[str, Any]:
         "start_seconds": round(start_seconds, 1),
         "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def matched_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The divisor of the logits with which mean confidence is accuracy."""
+    right = float((logits.argmax(dim=1) == labels).double().mean())
+
+    def excess(log_scale: float) -> float:
+        return float((math.exp(log_scale) * logits.double()).softmax(dim=1).amax(dim=1).mean()) - right
+
+    return math.exp(-brentq(excess, -7.0, 7.0))
 
 
 @torch.no_grad()

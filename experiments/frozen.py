@@ -11,6 +11,7 @@ to softmax of the same rank, and the standard errors beside them those of paired
 """
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -28,15 +29,15 @@ import hyperproto
 RESULTS = Path(__file__).parent / "results/frozen.jsonl"
 SEEDS, DIMS, NUM_CLASSES = (0, 1, 2), (100, 50, 25, 10), 100
 
-#: Penalties of softmax, each from where the one before has led, and its smoothings.
-PENALTIES, SMOOTHINGS = tuple(0.1 * 0.5**k for k in range(12)), (0.0, 0.1)
+#: Penalties of softmax, each from where the one before has led, until one does worse; smoothing is tried at the best.
+PENALTIES, SMOOTHING = tuple(0.1 * 0.5**k for k in range(12)), 0.1
 #: Of what is trained by AdamW, with a cosine schedule.
-RATES, EPOCHS, BATCH_SIZE, WEIGHT_DECAY = (1e-3, 3e-3, 1e-2), 10, 128, 0.05
-#: What the README's three lines may begin with.
+RATES, EPOCHS, BATCH_SIZE, WEIGHT_DECAY = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), 10, 128, 0.05
+#: What training may begin with.
 STARTS = {
-    "nothing": "three lines",
-    "data": "three lines from fit_head",
-    "class vectors": "three lines from class vectors",
+    "class vectors": "trained from class vectors",
+    "nothing": "published pull",
+    "data": "published pull from fit_head",
 }
 
 
@@ -108,22 +109,26 @@ def fitted_softmax(data: Data, dim: int | None, seed: int) -> tuple[nn.Module, d
     features, labels = data.without_held_out()
     held_out, held_out_labels = data.features[data.held_out], data.labels[data.held_out]
     model = Softmax(data.features, dim, seed)
-    started = {name: value.clone() for name, value in model.state_dict().items()}
-    for smoothing in SMOOTHINGS:
-        lowest = float("inf")
-        model.load_state_dict(started)
-        for penalty in PENALTIES:
-            model.fit(features, labels, penalty=penalty, smoothing=smoothing, iterations=40)
-            with torch.no_grad():
-                logits = model(held_out)
-            scale, loss = best_temperature(logits, held_out_labels)
-            if best is None or loss < best[0]:
-                state = {name: value.clone() for name, value in model.state_dict().items()}
-                best = (loss, state, {"penalty": penalty, "smoothing": smoothing, "scale": scale})
-            if loss > lowest:
-                break
-            lowest = loss
+
+    def attempt(penalty: float, smoothing: float) -> bool:
+        nonlocal best
+        model.fit(features, labels, penalty=penalty, smoothing=smoothing, iterations=40)
+        with torch.no_grad():
+            scale, loss = best_temperature(model(held_out), held_out_labels)
+        if best is not None and loss >= best[0]:
+            return False
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        best = (loss, state, {"penalty": penalty, "smoothing": smoothing, "scale": scale})
+        return True
+
+    for penalty in PENALTIES:
+        if not attempt(penalty, 0.0):
+            break
     assert best is not None
+    penalty = best[2]["penalty"]
+    for factor in (1.0, 0.5):
+        model.load_state_dict(best[1])
+        attempt(factor * penalty, SMOOTHING)
     model.load_state_dict(best[1])
     chosen = best[2]
     model.fit(data.features, data.labels, penalty=chosen["penalty"], smoothing=chosen["smoothing"], iterations=80)
@@ -194,13 +199,14 @@ def warm_started(softmax: Scaled, data: Data, dim: int) -> nn.Module:
 
 
 def trained(data: Data, dim: int, seed: int, start: str) -> tuple[nn.Module, dict[str, float]]:
-    """The three lines of the README's first code block under AdamW, whose rate suits the held-out images best."""
+    """A loop like the README's first one under AdamW, whose rate suits the held-out images best."""
 
-    def train(features: Tensor, labels: Tensor, rate: float) -> nn.Module:
+    def train(begun: nn.Module, features: Tensor, labels: Tensor, rate: float) -> nn.Module:
         torch.manual_seed(seed)
-        model = started(start, features, labels, dim)
+        model = copy.deepcopy(begun)
         assigner = hyperproto.DynamicAssigner(model)
-        criterion = hyperproto.BalancedLoss(assigner)
+        make = hyperproto.PrototypeCrossEntropyLoss if start == "class vectors" else hyperproto.BalancedLoss
+        criterion = make(assigner)
         optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=WEIGHT_DECAY)
         steps = EPOCHS * (len(labels) // BATCH_SIZE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -215,8 +221,10 @@ def trained(data: Data, dim: int, seed: int, start: str) -> tuple[nn.Module, dic
         return model.eval()
 
     found: dict[float, tuple[float, float]] = {}
+    samples = data.without_held_out()
+    begun = started(start, *samples, dim)
     for rate in RATES:
-        model = train(*data.without_held_out(), rate)
+        model = train(begun, *samples, rate)
         hyperproto.fit_logit_scale(model, (data.features[data.held_out], data.labels[data.held_out]))
         [head] = hyperproto.get_heads(model).values()
         with torch.no_grad():
@@ -224,7 +232,8 @@ def trained(data: Data, dim: int, seed: int, start: str) -> tuple[nn.Module, dic
         right = (logits.argmax(dim=1) == data.labels[data.held_out]).float().mean()
         found[rate] = float(right), float(head.logit_scale)
     rate = max(found, key=lambda each: found[each][0])
-    model = train(data.features, data.labels, rate)
+    samples = data.features, data.labels
+    model = train(started(start, *samples, dim), *samples, rate)
     [head] = hyperproto.get_heads(model).values()
     head.logit_scale.fill_(found[rate][1])
     return model, {"rate": rate, "scale": found[rate][1]}
@@ -255,7 +264,7 @@ def rows(data: Data, seed: int) -> Iterator[tuple[str, int, Callable[[], tuple[n
             yield (
                 "class vectors",
                 dim,
-                lambda dim=dim: fitted(started("data", *loader, NUM_CLASSES), hyperproto.compress_head, dim=dim),
+                lambda dim=dim: fitted(started("nothing", *loader, dim), hyperproto.fit_head, bank="class-vectors"),
             )
         yield "fit_head", dim, lambda dim=dim: (started("data", *loader, dim), {})
         yield (
@@ -264,8 +273,8 @@ def rows(data: Data, seed: int) -> Iterator[tuple[str, int, Callable[[], tuple[n
             lambda dim=dim: fitted(started("data", *loader, dim), hyperproto.refit_head),
         )
         yield "warm start from softmax", dim, lambda dim=dim: (warm_started(found["full"], data, dim), {})
-    for dim in DIMS:
-        for start, name in STARTS.items():
+    for start, name in STARTS.items():
+        for dim in DIMS:
             if dim < NUM_CLASSES or start != "class vectors":
                 yield name, dim, lambda dim=dim, start=start: trained(data, dim, seed, start)
 

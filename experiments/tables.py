@@ -1,4 +1,4 @@
-"""Writes the tables of docs/results.md and the short ones of README.md from the result lines in experiments/results/.
+"""Writes the tables of the result pages in docs/ and those of README.md from the lines in experiments/results/.
 
     python experiments/tables.py
 
@@ -7,6 +7,7 @@ Every figure is of the last epoch; n runs with other seeds give mean and standar
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -14,10 +15,13 @@ from typing import Any
 import cifar100
 import finetune
 import numpy as np
+import rematching
 import scale as scale_grid
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/results.md"
+PRETRAINED = ROOT / "docs/results_pretrained.md"
+SCRATCH = ROOT / "docs/results_scratch.md"
 SCALES = ROOT / "docs/training.md"
 README = ROOT / "README.md"
 
@@ -44,6 +48,9 @@ SHORT = {
     ),
 }
 
+#: Regimes of the README's first table.
+SHORT_REGIMES = ("frozen, 50 images a class", f"fine-tuned, {finetune.TRAINED} images a class")
+
 #: Columns of the tables of frozen features, by the names in their lines.
 FROZEN = (
     "softmax",
@@ -53,10 +60,14 @@ FROZEN = (
     "fit_head, then refit_head",
     "warm start from softmax",
     "softmax's logits cut to D components",
-    "three lines",
-    "three lines from fit_head",
-    "three lines from class vectors",
+    "trained from class vectors",
+    "published pull from fit_head",
+    "published pull",
 )
+
+#: Columns of the first table: softmax on all features, and three heads of D dimensions.
+COLUMNS = ("softmax, all features", "softmax of rank D", "class vectors, trained on", "class vectors, fitted")
+DIMS = (50, 25, 10)
 
 #: Column of the tables, key of the result lines.
 FIGURES = {
@@ -207,6 +218,67 @@ def differences(method: str, key: str) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
+def overview() -> Iterator[tuple[str, int, list[list[dict[str, Any]]]]]:
+    """Regime, dimension, and the result lines of each column of the first table."""
+    frozen: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+    for line in cifar100.results_of("frozen"):
+        frozen[line["images"], line["method"], line["dim"]].append(line)
+    for images in sorted({images for images, *_ in frozen}):
+        for dim in DIMS:
+            names = ("softmax of rank D", "trained from class vectors", "class vectors")
+            own = [frozen[images, name, dim] for name in names]
+            yield f"frozen, {images} images a class", dim, [frozen[images, "softmax", 100], *own]
+    tuned: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+    for line in cifar100.results_of("finetune"):
+        tuned[line["method"], line["dim"]].append(line)
+    for dim in DIMS:
+        own = [tuned[finetune.NARROW[1], dim], tuned[finetune.NARROW[0], dim]]
+        yield f"fine-tuned, {finetune.TRAINED} images a class", dim, [tuned[finetune.WIDE[0], None], *own, []]
+    scratch = collect("balanced")
+    for dim in DIMS:
+        softmax = scratch["softmax at D = 100, then softmax at D", dim]
+        fitted = scratch["simplex, then class-vector prototypes", dim]
+        yield "from scratch, 200 images a class", dim, [scratch["softmax, refitted", 100], softmax, [], fitted]
+
+
+def overview_table(regimes: tuple[str, ...] | None = None) -> str:
+    """Accuracies of the first table, or of some of its regimes."""
+    rows = [["regime", "D", *COLUMNS], ["---"] * (2 + len(COLUMNS))]
+    for regime, dim, cells in overview():
+        if regimes is None or regime in regimes:
+            rows.append([regime, str(dim), *(shown(lines, "top1") if lines else "-" for lines in cells)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def calibration_table() -> str:
+    """Calibration error and log-loss of each way to fit the temperature."""
+    found: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
+    for line in cifar100.results_of("calibration"):
+        found[line["dim"], line["images"]].append(line)
+    ways = ("likelihood", "confidence", "power")
+    names = [f"{way}: {figure}" for way in ways for figure in ("error", "log-loss")]
+    rows = [["D", "images a class", "n", *names, "p"], ["---"] * (4 + len(names))]
+    for (dim, images), lines in sorted(found.items(), reverse=True):
+        cells = [str(dim), str(images), str(len(lines))]
+        for way in ways:
+            cells.append(shown([line[way] for line in lines], "calibration_error"))
+            cells.append(f"{mean(line[way]['log_loss'] for line in lines):.3f}")
+        rows.append([*cells, f"{mean(line['power']['chosen'] for line in lines):.2f}"])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def rematching_table() -> str:
+    """Accuracy of each way to end an epoch."""
+    found: dict[tuple[str, str, int], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for line in cifar100.results_of("rematching"):
+        found[line["suite"], line["loss"], line["dim"]][line["way"]].append(line)
+    rows = [["suite", "loss", "D", *rematching.WAYS], ["---"] * (3 + len(rematching.WAYS))]
+    for (suite, loss, dim), ways in found.items():
+        cells = [shown(ways[way], "top1") if ways[way] else "-" for way in rematching.WAYS]
+        rows.append([suite, loss, str(dim), *cells])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
 def put(path: Path, mark: str, text: str) -> None:
     """Replace what stands in a file between a mark and the next `<!-- end -->`."""
     before, rest = path.read_text().split(f"<!-- {mark} -->\n")
@@ -215,15 +287,20 @@ def put(path: Path, mark: str, text: str) -> None:
 
 def main() -> None:
     """Put the table of each suite that has results between its marks, and the short ones."""
+    put(PAGE, "overview", overview_table())
     for suite in filter(cifar100.results_of, cifar100.METHODS):
-        put(PAGE, suite, table(suite))
+        put(SCRATCH, suite, table(suite))
     for suite in ("scratch", "frozen"):
         put(SCALES, suite, scale_table(suite))
-    put(PAGE, "finetuned", finetuned_table())
-    put(PAGE, "frozen", frozen_table("top1", FROZEN))
-    put(PAGE, "frozen calibration", frozen_table("calibration_error", FROZEN[:5]))
-    put(PAGE, "frozen peer", differences("class vectors", "minus_peer"))
-    put(PAGE, "frozen full", differences("class vectors", "minus_full"))
+    put(PRETRAINED, "finetuned", finetuned_table())
+    put(PRETRAINED, "frozen", frozen_table("top1", FROZEN))
+    put(PRETRAINED, "frozen calibration", frozen_table("calibration_error", FROZEN[:5]))
+    for method in ("class vectors", "trained from class vectors"):
+        put(PRETRAINED, f"{method}, peer", differences(method, "minus_peer"))
+        put(PRETRAINED, f"{method}, full", differences(method, "minus_full"))
+    put(PRETRAINED, "calibration", calibration_table())
+    put(PRETRAINED, "rematching", rematching_table())
+    put(README, "pretrained", overview_table(SHORT_REGIMES))
     for suite in SHORT:
         put(README, suite, short_table(suite))
 

@@ -16,6 +16,7 @@ import cifar100  # noqa: E402
 import finetune  # noqa: E402
 import penalised  # noqa: E402
 import published_banks  # noqa: E402
+import rematching  # noqa: E402
 import scale  # noqa: E402
 import tables  # noqa: E402
 import train  # noqa: E402
@@ -95,7 +96,7 @@ def test_published_banks_are_files_that_the_runs_read(tmp_path, monkeypatch):
 
 
 def test_the_pages_show_what_the_results_say(tmp_path, monkeypatch):
-    pages = {name: getattr(tables, name).read_text() for name in ("PAGE", "README", "SCALES")}
+    pages = {name: getattr(tables, name).read_text() for name in ("PAGE", "PRETRAINED", "SCRATCH", "README", "SCALES")}
     for name, page in pages.items():
         emptied = tmp_path / name
         lines = page.splitlines(keepends=True)
@@ -115,8 +116,12 @@ def test_mean_and_deviation_by_hand():
 
 @pytest.mark.parametrize(
     ("name", "listed"),
-    [("scale", [*scale.runs("scratch"), *scale.runs("frozen")]), ("finetune", list(finetune.runs()))],
-    ids=["scale", "finetune"],
+    [
+        ("scale", [*scale.runs("scratch"), *scale.runs("frozen")]),
+        ("rematching", [*rematching.runs("scratch"), *rematching.runs("frozen")]),
+        ("finetune", list(finetune.runs())),
+    ],
+    ids=["scale", "rematching", "finetune"],
 )
 def test_every_line_is_that_of_one_run(name, listed):
     found = [{key: line[key] for key in listed[0]} for line in cifar100.results_of(name)]
@@ -171,3 +176,21 @@ def test_a_learned_scale_is_that_of_the_cross_entropy():
     logits = head(rows)
     assert criterion.scale == pytest.approx(float(head.logit_scale))
     torch.testing.assert_close(criterion(logits, labels), torch.nn.functional.cross_entropy(logits, labels))
+
+
+def test_rotated_prototypes_go_where_the_class_means_are():
+    head = hyperproto.HypersphericalHead(6, 8, dim=3)
+    assigner, turned = rematching.Rotation(head), head.bank.prototypes @ torch.linalg.qr(torch.randn(3, 3)).Q
+    assigner.update(turned, torch.arange(8))
+    assigner.step()
+    between = turned @ turned.T
+    torch.testing.assert_close(head.bank.prototypes @ head.bank.prototypes.T, between, atol=1e-5, rtol=0.0)
+    assert float((head.class_prototypes * turned).sum()) > float((head.class_prototypes @ turned.T).mean()) + 4.0
+
+
+def test_class_means_become_the_prototypes():
+    head = hyperproto.HypersphericalHead(6, 8, dim=3)
+    assigner, means = rematching.ClassMeans(head), torch.nn.functional.normalize(torch.randn(8, 3))
+    assigner.update(means, torch.arange(8))
+    assigner.step()
+    torch.testing.assert_close(head.class_prototypes, means)
