@@ -3,10 +3,12 @@
 import copy
 import io
 import pickle
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from compatible import in_front
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -384,8 +386,10 @@ def test_non_contiguous_features():
     torch.testing.assert_close(head(features), head(features.contiguous()))
 
 
-@pytest.mark.parametrize("training_output", ["logits", "embedding"])
-@pytest.mark.parametrize("projection", ["none", "linear+bn"])
+@pytest.mark.parametrize(
+    ("projection", "training_output"),
+    in_front(product(["none", "linear+bn"], ["logits", "embedding"]), ("linear+bn", "logits")),
+)
 def test_compiles_as_one_graph_and_follows_the_assignment(training_output, projection):
     head = HypersphericalHead(4, 5, dim=4, projection=projection, training_output=training_output)
     torch.compiler.reset()
