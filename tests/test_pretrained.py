@@ -632,7 +632,7 @@ def test_the_page_runs(heading, tmp_path, monkeypatch):
         exec(second, space | {"model": timm.create_model("resnet18")})
     elif heading == "In a folder":
         torchvision = space["torchvision"] = pytest.importorskip("torchvision")
-        other = convert_model(torchvision.models.squeezenet1_1(), dim=2000, bank="random", projection="linear")
+        other = convert_model(torchvision.models.squeezenet1_1(), dim=8, bank="random", projection="linear")
         save_pretrained(other, "other")
         for block in blocks(heading):
             exec(block, space)

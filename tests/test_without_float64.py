@@ -5,6 +5,7 @@ tensor there lies there too, and only a move to the CPU, a list or a number leav
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -198,7 +199,11 @@ def test_counts_go_there_and_come_back(momentum):
 
 
 @pytest.mark.parametrize("projection", ["linear", "linear+bn"])
-@pytest.mark.parametrize("fit", [fit_head, refit_head, fit_logit_scale])
+@pytest.mark.parametrize(
+    "fit",
+    [fit_head, partial(refit_head, iterations=10), fit_logit_scale],
+    ids=["fit_head", "refit_head", "fit_logit_scale"],
+)
 def test_fits(fit, projection):
     model = converted(projection=projection, dim=5)
     fit(model, loader())
@@ -207,7 +212,7 @@ def test_fits(fit, projection):
 
 def test_compression():
     model = converted(dim=5)
-    compress_head(model, loader(), dim=3)
+    compress_head(model, loader(), dim=3, iterations=10)
     assert_on_device(model)
 
 
