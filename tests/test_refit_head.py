@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import io
+from functools import partial
 
 import numpy as np
 import pytest
@@ -402,6 +403,19 @@ def test_samples_are_regrouped_in_their_order(sizes, size):
     assert all(0 < len(own) <= size for _, own in batches)
     assert [label for _, own in batches for label in own.tolist()] == labels.tolist()
     assert all(torch.equal(rows[:, 0].long(), own) for rows, own in batches)
+
+
+@pytest.mark.parametrize("fit", [refit_head, partial(compress_head, dim=3)], ids=["refit_head", "compress_head"])
+def test_fits_have_the_iterations_that_the_tables_were_made_with(fit, monkeypatch):
+    asked, descend = [], Samples.descend
+
+    def noting(self: Samples, *arguments: object, iterations: int, **options: object) -> None:
+        asked.append(iterations)
+        descend(self, *arguments, iterations=min(iterations, 2), **options)
+
+    monkeypatch.setattr(Samples, "descend", noting)
+    fit(nn.Sequential(nn.Identity(), make_head(6, 8, 6)), batched(*overlapping()))
+    assert max(asked) == 200
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
