@@ -313,7 +313,7 @@ def test_the_number_of_threads_changes_no_bit(objective, request):
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        results.append(minimise(objective, start, iterations=5, tolerance=0.0, advance=[].append))
+        results.append(minimise(objective, start, iterations=3, tolerance=0.0, advance=[].append))
     assert torch.equal(*results)
 
 
