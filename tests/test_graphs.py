@@ -43,7 +43,7 @@ torchscript = pytest.mark.filterwarnings(
 )
 
 
-@every_model
+@pytest.mark.parametrize("name", in_front(MODELS, "test_resnet", "deit_tiny_distilled_patch16_224"))
 @torchscript
 def test_scripted(name, tmp_path):
     model, batch = converted(name).eval(), images()
@@ -72,7 +72,7 @@ def test_scripted_in_train_mode(projection, training_output):
         torch.testing.assert_close(parameter.grad, other.grad, atol=1e-4, rtol=1e-3, msg=key)
 
 
-@every_model
+@pytest.mark.parametrize("name", in_front(MODELS, "test_resnet", "deit_tiny_distilled_patch16_224"))
 @torchscript
 def test_traced(name):
     model, batch = converted(name).eval(), images()

@@ -134,7 +134,9 @@ def test_default_scale_gives_a_placed_sample_the_documented_probability(num_clas
     assert float(placed) == pytest.approx(PLACED_PROBABILITY, abs=1e-3)
 
 
-@pytest.mark.parametrize(("num_classes", "scale"), [(10, 4.5565), (100, 7.0711), (1000, 11.4904)])
+@pytest.mark.parametrize(
+    ("num_classes", "scale"), in_front([(10, 4.5565), (100, 7.0711), (1000, 11.4904)], (10, 4.5565), (100, 7.0711))
+)
 def test_default_scale_on_a_cross_polytope(num_classes, scale):
     head = HypersphericalHead(num_classes // 2, num_classes, bank="orthoplex", projection="none")
     simplex = (num_classes - 1) / num_classes * np.log(99 * (num_classes - 1))

@@ -337,7 +337,14 @@ def test_what_is_bound_to_a_refitted_head_goes_on():
 # Where features come from
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "deit_tiny_distilled_patch16_224", "resnetv2_50"])
+@pytest.mark.parametrize(
+    "name",
+    in_front(
+        ["test_resnet", "test_vit", "deit_tiny_distilled_patch16_224", "resnetv2_50"],
+        "test_resnet",
+        "deit_tiny_distilled_patch16_224",
+    ),
+)
 def test_models_of_timm(name):
     options = {"img_size": 64} if "deit" in name else {}
     options |= {"layers": (1, 1, 1, 1), "channels": (16, 24, 32, 40)} if "v2" in name else {}
@@ -419,7 +426,7 @@ def test_fits_have_the_iterations_that_the_tables_were_made_with(fit, monkeypatc
     assert max(asked) == 200
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", in_front([torch.bfloat16, torch.float16], torch.bfloat16))
 def test_half_precision(dtype):
     features, labels = clouds(6, 8, apart=6.0)
     model = nn.Sequential(nn.Identity(), make_head(6, 8, 6, bank="simplex")).to(dtype)

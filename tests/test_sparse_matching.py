@@ -234,7 +234,7 @@ def scanned_from_now(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return scanned
 
 
-@pytest.mark.parametrize("shape", ["random", "coinciding", "clusters", "trained"])
+@pytest.mark.parametrize("shape", in_front(["random", "coinciding", "clusters", "trained"], "random", "trained"))
 def test_a_warm_step_scans_once_when_little_has_changed(shape, monkeypatch):
     prototypes = unit_rows(1200, 64)
     means = means_of(shape, 1200, prototypes)

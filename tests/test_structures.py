@@ -286,8 +286,7 @@ def test_a_layer_with_two_names_is_replaced_under_both(name):
     ("name", "projection"),
     [
         *itertools.product(["test_vit", "resnetv2_18", "levit_256d"], ["linear+bn", "linear", "none"]),
-        ("volo_d1_224", "linear+bn"),
-        *(pytest.param("volo_d1_224", projection, marks=pytest.mark.slow) for projection in ("linear", "none")),
+        *(pytest.param("volo_d1_224", each, marks=pytest.mark.slow) for each in ("linear+bn", "linear", "none")),
     ],
 )
 def test_the_folded_model_ranks_as_the_head_does_and_loads(name, projection):
