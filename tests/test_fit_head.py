@@ -688,3 +688,7 @@ def test_a_bank_of_another_name_or_for_a_bare_head_is_refused():
         fit_head(nn.Sequential(make_head(4, 12, 3)), [(features, labels)], bank="simplex")
     with pytest.raises(ArgumentError, match="bare head"):
         fit_head(make_head(4, 12, 3), [(features, labels)], bank="class-vectors")
+    wrapped = nn.DataParallel(nn.Sequential(make_head(4, 12, 3)))
+    for model in (wrapped, nn.Sequential(wrapped)):
+        with pytest.raises(HeadNotFoundError, match=r" fit_head\(model, \.\.\.\), then"):
+            fit_head(model, [(features, labels)], bank="class-vectors")

@@ -436,7 +436,7 @@ def test_get_heads_sees_through_wrappers():
         ({"bank": PrototypeBank(5, 4), "dim": 3}, BankError, "dimension 3"),
         ({"bank": "best"}, BankError, "best"),
         ({"projection": "mlp"}, ArgumentError, "linear"),
-        ({"training_output": "features"}, ArgumentError, "embedding"),
+        ({"training_output": "features"}, ArgumentError, "^training_output must be .*embedding"),
         ({"logit_scale": 0.0}, ArgumentError, "positive"),
         ({"logit_scale": float("nan")}, ArgumentError, "finite"),
     ],

@@ -344,7 +344,12 @@ def test_embedding_losses_need_nothing_as_wide_as_the_classes():
 
 @pytest.mark.parametrize(
     ("kwargs", "words"),
-    [({"scale": 0.0}, "scale"), ({"scale": float("inf")}, "scale"), ({"label_smoothing": 1.5}, "label_smoothing")],
+    [
+        ({"scale": 0.0}, "scale"),
+        ({"scale": float("inf")}, "scale"),
+        ({"label_smoothing": 1.5}, "label_smoothing"),
+        ({"weight": [1.0, 2.0]}, "^weight must be 6 numbers"),
+    ],
 )
 def test_wrong_options_of_the_cross_entropy_are_refused(kwargs, words):
     with pytest.raises(ArgumentError, match=words):

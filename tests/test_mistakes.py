@@ -394,7 +394,9 @@ def test_outputs_beyond_any_cosine_are_refused(factor, training_output):
     output = nn.functional.normalize(torch.ones(32, 3)) if training_output == "embedding" else head(features)
     scale = 1.0 if training_output == "embedding" else float(head.logit_scale / output.detach().abs().max())
     assigner = DynamicAssigner(head)
-    with pytest.raises(ArgumentError, match=r"cosines, in \[-1, 1\]"):
+    kind, width = ("embeddings", 3) if training_output == "embedding" else ("logits", 6)
+    words = rf"^expected {kind} of this head: .* in \[-1, 1\], .* given as {kind} \(B, {width}\) are neither\. Pass"
+    with pytest.raises(ArgumentError, match=words):
         BalancedLoss(assigner)(factor * scale * output, labels)
     assert not assigner.class_counts.any()
     BalancedLoss(assigner)(scale * output, labels)
@@ -422,7 +424,7 @@ def test_what_is_not_finite_passes_for_a_gradient_scaler_to_see():
 def test_as_wide_as_each_other_embeddings_and_logits_are_told_apart_by_length():
     features, labels = batch()
     head = HypersphericalHead(8, 4, dim=4)
-    with pytest.raises(ArgumentError, match="as wide as"):
+    with pytest.raises(ArgumentError, match="as wide as this head's embeddings, too"):
         BalancedLoss(head)(head.embed(features), labels)
     with pytest.warns(HyperprotoWarning, match="saves nothing"):
         head = HypersphericalHead(8, 4, dim=4, training_output="embedding")
@@ -431,7 +433,7 @@ def test_as_wide_as_each_other_embeddings_and_logits_are_told_apart_by_length():
         BalancedLoss(head)(embeddings, labels)
     BalancedLoss(head)(logits, labels)
     head.train()
-    with pytest.raises(ArgumentError, match="as wide as"):
+    with pytest.raises(ArgumentError, match="as wide as this head's logits, too"):
         BalancedLoss(head)(logits, labels)
     BalancedLoss(head)(embeddings, labels)
 

@@ -47,7 +47,7 @@ from hyperproto.fitting.hand_over import start_with_prototypes
 from hyperproto.fitting.held_out import held_out, sample_keys
 from hyperproto.fitting.lbfgs import Samples
 from hyperproto.fitting.teacher import first_teacher, refined
-from hyperproto.fitting.unit_head import Coordinates
+from hyperproto.fitting.unit_head import Coordinates, Score
 from hyperproto.testing import SEEDS, check_assignment, check_bank
 
 
@@ -262,7 +262,12 @@ def test_batches_and_their_order_do_not_matter(seed, size):
 
 @pytest.mark.parametrize(
     ("num_classes", "limit", "rows"),
-    [(6, {"BATCH_NUMBERS": 8 * 30}, 30), (6, {"BATCH_ROWS": 25}, 25), (20, {"BATCH_NUMBERS": 20 * 30}, 30)],
+    [
+        (6, {"BATCH_NUMBERS": 8 * 30}, 30),
+        (6, {"BATCH_ROWS": 25}, 25),
+        (20, {"BATCH_NUMBERS": 20 * 30}, 30),
+        (6, {"BATCH_NUMBERS": 7}, 1),
+    ],
 )
 def test_features_are_regrouped_to_bound_memory(num_classes, limit, rows, monkeypatch):
     """Eight features: with twenty classes it is the cosines that take the memory."""
@@ -274,6 +279,26 @@ def test_features_are_regrouped_to_bound_memory(num_classes, limit, rows, monkey
     sizes = [len(own) for _, own in found.all(0, classes_alike=True).batches]
     assert sum(sizes) == len(labels)
     assert rows / 2 < max(sizes) <= rows
+
+
+def test_a_likelier_head_is_better_as_long_as_no_fewer_samples_are_right():
+    present = Score(accuracy=0.5, log_loss=1.0, scale=16.0)
+    assert Score(0.5, 0.9, 16.0).is_better_than(present)
+    assert Score(0.6, 0.9, 16.0).is_better_than(present)
+    assert not Score(0.4, 0.9, 16.0).is_better_than(present)
+    assert not Score(0.6, 1.0, 16.0).is_better_than(present)
+
+
+@pytest.mark.parametrize("fit", [fit_head, partial(refit_head, iterations=2)], ids=["fit_head", "refit_head"])
+def test_a_default_device_is_not_asked_for(fit):
+    features, labels = overlapping()
+    loader = batched(features[labels > 0], labels[labels > 0])  # of one label there are no samples
+    model = nn.Sequential(make_head(6, 8, 6))
+    twin = copy.deepcopy(model)
+    fit(model, loader)
+    with torch.device("meta"):
+        fit(twin, loader)
+    assert_same_state(twin, model)
 
 
 # What moves
@@ -365,7 +390,7 @@ def test_models_of_timm(name):
     heads = list(get_heads(model).values())
     if len(heads) > 1:
         assert not torch.equal(heads[0].projection[0].weight, heads[1].projection[0].weight)
-        with pytest.raises(ArgumentError, match="expected a model with one head, got 2"):
+        with pytest.raises(ArgumentError, match=r"with one head, got 2, at head, head_dist\."):
             compress_head(model, loader, dim=2)
     else:
         assert reported == pytest.approx(accuracy())
@@ -593,6 +618,18 @@ def test_labels_without_samples():
     assert compress_head(model, batched(features[present], labels[present]), dim=3).unseen == (4, 5)
     check_bank(model[0].bank)
     assert float((model(features[present]).argmax(dim=1) == labels[present]).float().mean()) > 0.4
+
+
+def test_labels_without_samples_start_alike_whatever_was_drawn_before():
+    features, labels = overlapping()
+    loader = batched(features[labels < 4], labels[labels < 4])
+    models = [nn.Sequential(make_head(6, 8, 6)) for _ in range(2)]
+    for seed, model in enumerate(models):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        compress_head(model, loader, dim=3, iterations=2)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert_same_state(*models)
 
 
 # Errors
