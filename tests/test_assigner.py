@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 import time
 
 import numpy as np
@@ -296,6 +297,15 @@ def test_a_simplex_says_that_no_step_changes_the_geometry():
     assert DynamicAssigner(spare).step().equiangular
 
 
+def test_a_step_tells_what_it_did_in_one_line():
+    assigner = DynamicAssigner(HypersphericalHead(8, 5, projection="none"))
+    assigner.update(unit_rows(3, 8), torch.arange(3))
+    step = assigner.step()
+    numbers = rf"similarity {step.similarity_before:.4f} -> {step.similarity_after:.4f} \(dense, optimal, \d+\.\d{3} s\)"
+    rest = "2 labels not seen yet; the prototypes form a simplex: no assignment changes the geometry between classes"
+    assert re.fullmatch(rf"{step.changed} labels moved, {numbers}; {rest}", str(step))
+
+
 def test_freezing():
     head = HypersphericalHead(4, 8, dim=4, projection="none")
     assigner = DynamicAssigner(head)
@@ -528,7 +538,7 @@ def test_non_finite_features_are_named_at_step_where_most_are(momentum):
         ({"class_means": torch.zeros(0, 4), "current": None}, AssignmentError, "at least one label"),
         ({"weights": torch.ones(4)}, ShapeError, r"\(5,\)"),
         ({"weights": -torch.ones(5)}, ArgumentError, "not negative"),
-        ({"method": "greedy"}, ArgumentError, "greedy"),
+        ({"method": "greedy"}, ArgumentError, "^method must be .*, got 'greedy'"),
         ({"class_means": torch.randn(4)}, ShapeError, r"class means of shape \(C, D\)"),
         ({"prototypes": torch.randn(4)}, ShapeError, r"prototypes of shape \(P, D\)"),
         ({"prototypes": torch.zeros(0, 4)}, AssignmentError, "at least as many"),

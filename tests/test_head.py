@@ -448,8 +448,14 @@ def test_wrong_options_are_refused_with_a_reason(kwargs, error, words):
 
 @pytest.mark.parametrize(("in_features", "num_classes"), [(0, 5), (12, 1), (12, 0)])
 def test_wrong_sizes_are_refused(in_features, num_classes):
-    with pytest.raises(ArgumentError, match=r"in_features.*at least 1|num_classes.*at least 2"):
+    with pytest.raises(ArgumentError, match=r"^expected (in_features .* at least 1|num_classes .* at least 2),"):
         HypersphericalHead(in_features, num_classes)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 6), (5,), (3, 5, 1)])
+def test_embeddings_are_recovered_from_logits_of_all_classes_only(shape):
+    with pytest.raises(ShapeError, match=r"logits of shape \(B, 5\)"):
+        spare_head().recover_embeddings(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("shape", [(3, 11), (12,), (3, 12, 1)])
