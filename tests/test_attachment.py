@@ -251,6 +251,11 @@ def test_a_step_by_itself_trains_as_one_by_hand():
     assert is_equal(*results)
 
 
+def test_to_attach_or_not_is_a_flag():
+    with pytest.raises(ArgumentError, match="expected attach to be True or False"):
+        DynamicAssigner(head_alone(), attach="yes")
+
+
 @pytest.mark.parametrize("step_every", [0, -1, 1.5, "2", True])
 def test_batches_are_a_whole_number(step_every):
     with pytest.raises(ArgumentError, match="step_every"):
