@@ -42,6 +42,7 @@ from hyperproto import (
 from hyperproto.affine import affine
 from hyperproto.conversion.channels import ChannelsFirstHead
 from hyperproto.fitting import data
+from hyperproto.fitting.closed_form import least_squares
 from hyperproto.fitting.components import principal_components
 from hyperproto.fitting.hand_over import start_with_prototypes
 from hyperproto.fitting.held_out import held_out, sample_keys
@@ -102,6 +103,22 @@ def coordinates_of(found: data.HeldFeatures) -> Coordinates:
 def held(features: torch.Tensor, labels: torch.Tensor, num_classes: int = 6) -> data.HeldFeatures:
     model = nn.Sequential(make_head(num_classes, features.shape[1], 4))
     return data.HeldFeatures(model, (model[0],), batched(features, labels), process_group=None)
+
+
+@pytest.mark.parametrize("intercept", [False, True])
+def test_the_stand_in_is_the_regression_on_the_prototypes(intercept):
+    features, labels = overlapping(per_class=3000)  # so many that the shrinking of covariances is not seen
+    found, prototypes = held(features, labels), make_head(6, 8, 4).class_prototypes
+    samples = found.all(0, classes_alike=True)
+    coordinates = Coordinates.of_samples(found.scatters[0], samples, centred=intercept)
+    head = least_squares(samples, coordinates, class_prototypes=prototypes, intercept=intercept)
+
+    rows = coordinates.of(features).double().numpy()
+    rows = np.hstack([rows, np.ones((len(rows), 1))]) if intercept else rows
+    root = np.sqrt(1.0 / np.bincount(labels.numpy())[labels.numpy()])[:, None]
+    expected = np.linalg.lstsq(root * rows, root * prototypes.double().numpy()[labels.numpy()], rcond=None)[0].T
+    np.testing.assert_allclose(head.matrix.numpy(), expected[:, :8], atol=1e-2)
+    np.testing.assert_allclose(head.offset.numpy(), expected[:, 8] if intercept else np.zeros(4), atol=1e-2)
 
 
 def test_the_teacher_is_the_penalised_softmax():
