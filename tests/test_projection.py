@@ -14,7 +14,7 @@ from hyperproto import HypersphericalHead, convert_model, to_linear
 
 @pytest.mark.parametrize("projection", ["linear", "linear+bn"])
 def test_the_linear_map_starts_as_that_of_torch(projection):
-    head = HypersphericalHead(64, 600, dim=512, bank="random", projection=projection)
+    head = HypersphericalHead(64, 600, dim=512, bank="random", projection=projection, training_output="embedding")
     weight = (head.projection if projection == "linear" else head.projection[0]).weight.detach()
     bound = 1.0 / math.sqrt(64)
     # Of 32768 draws, uniform in +-bound: four standard errors.
