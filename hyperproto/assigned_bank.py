@@ -70,7 +70,9 @@ class AssignedBank(nn.Module):
         self._seen: tuple[tuple[int, int], ...] = ()
         start = torch.arange(num_classes, device="cpu")
         #: Whether it was made or moved to where nothing has values, and no checkpoint has been loaded since.
-        self._awaits_values = False
+        self._awaits_values = torch.get_default_device().type == "meta"
+        if self._awaits_values:  # what fills the model replaces buffers that have values as well
+            self.bank.keep_values()
         self.register_buffer("assignment", start)
         self.register_buffer("assignment_record", record_of(start, count=1))
         self.register_buffer("format_version", format_version(count=1))

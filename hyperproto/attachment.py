@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from hyperproto.checkpoint import prefix_of
 from hyperproto.codebook import ASSIGNER, Codebook
 from hyperproto.heads import get_heads
 from hyperproto.running_means import RunningMeans
@@ -27,8 +28,7 @@ class Attachment:
         """Add the entries."""
         for name, head in get_heads(model).items():
             if self._means is not None and head is self._head:
-                path = f"{prefix}{name}." if name else prefix
-                self._means.state_dict(destination=state_dict, prefix=path + ASSIGNER)
+                self._means.state_dict(destination=state_dict, prefix=prefix + prefix_of(name) + ASSIGNER)
 
     def __deepcopy__(self, memo: object) -> Attachment:
         return Attachment(None, None)

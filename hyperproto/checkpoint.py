@@ -25,6 +25,16 @@ KEY = "format_version"
 COUNTED_IN, SMALLEST_NO_VERSION = 2**32, 256
 
 
+def prefix_of(name: str) -> str:
+    """What the entries of a module begin with in the `state_dict` of the model that has it by this dotted name.
+
+    Examples:
+        >>> prefix_of("head.fc"), prefix_of("")
+        ('head.fc.', '')
+    """
+    return f"{name}." if name else ""
+
+
 def format_version(count: int = 0) -> Tensor:
     """The buffer `format_version` of a module: () int64.
 

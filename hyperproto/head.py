@@ -7,11 +7,10 @@ from torch import Tensor
 
 from hyperproto.arguments import choice, seed_number, shown, whole_number
 from hyperproto.bank import PrototypeBank
-from hyperproto.codebook import Codebook, TrainingOutput
-from hyperproto.errors import ArgumentError, AssignmentError, BankError, NotLinearError
+from hyperproto.codebook import TrainingOutput
+from hyperproto.errors import ArgumentError, BankError, NotLinearError
 from hyperproto.precision import check_full_precision
 from hyperproto.projection import (
-    LOADED,
     Projection,
     be_leaf_,
     build_projection,
@@ -19,7 +18,7 @@ from hyperproto.projection import (
     seed_of_projection,
     unflatten_rows,
 )
-from hyperproto.separation import default_logit_scale
+from hyperproto.restart import Restartable
 from hyperproto.sphere import assigned_cosines, normalise
 
 # Leaves to torch.fx where a head itself is traced: what they decide by shape is decided when the graph runs, and the
@@ -35,7 +34,7 @@ torch.fx.wrap("unflatten_rows")
 FIXED = ("num_classes", "dim", "in_features", "out_features")
 
 
-class HypersphericalHead(Codebook):
+class HypersphericalHead(Restartable):
     r"""Classifier over fixed unit prototypes: logits are scaled cosines.
 
     $$ z = \frac{A x}{\lVert A x \rVert}, \qquad \text{logits}_k = s \, \langle z, w_{\sigma(k)} \rangle $$
@@ -133,10 +132,6 @@ class HypersphericalHead(Codebook):
         self.class_names: tuple[str, ...] | None = None
         self.projection = build_projection(projection, in_features, dim, seed=seed_of_projection(seed))
         be_leaf_(self)
-        # What is made without values is going to be filled by something that replaces buffers that have some as well.
-        if torch.get_default_device().type == "meta":
-            self._awaits_values = True
-            self.bank.keep_values()
 
     def forward(self, features: Tensor) -> Tensor:
         """(..., in_features) -> (..., C) logits, or (..., D) embeddings in train mode if so chosen."""
@@ -159,54 +154,6 @@ class HypersphericalHead(Codebook):
             self._look()
         return assigned_cosines(embeddings, self.bank(), self.assignment) * self.logit_scale
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Assignment and scale as at the start; the layers of the projection have a `reset_parameters` of their own."""
-        if not self._entries()[0].is_meta:
-            self._write(torch.arange(self.num_classes, device="cpu"), 1)
-        self.logit_scale.fill_(self.initial_logit_scale)
-
-    @torch.no_grad()
-    def reset_(self) -> None:
-        """Everything as at the start, in place: prototypes, assignment, scale and projection.
-
-        For models that are built without values and filled by something that never calls `load_state_dict`, as
-        transformers does: for `_init_weights` of a class that converts itself when it is made. What transformers has
-        marked as loaded stays as it was loaded. A class without such a line is served too: see `__setattr__`.
-
-        Raises:
-            AssignmentError: the head is on the device "meta": there is nothing to write to.
-            BankError: prototypes that were given, and not built, have been lost.
-
-        Examples:
-            >>> head = HypersphericalHead(8, 4, dim=3).to("meta").to_empty(device="cpu")
-            >>> head.reset_()
-            >>> torch.equal(head.bank.prototypes, HypersphericalHead(8, 4, dim=3).bank.prototypes)
-            True
-        """
-        if self._entries()[0].is_meta:
-            raise AssignmentError('the head is on the device "meta". Call model.to_empty(device=...) first.')
-        loaded = self._take_loaded() if self._awaits_values else {}
-        if "bank.prototypes" not in loaded:  # else it may take long to build what is replaced at once
-            self.bank.reset_parameters()
-        if self._scale_of_bank:
-            self.initial_logit_scale = default_logit_scale(self.bank.prototypes, self.num_classes)
-        for layer in self.projection.modules():
-            if callable(reset := getattr(layer, "reset_parameters", None)):
-                reset()
-        self._write(torch.arange(self.num_classes, device="cpu"), 1)
-        self.logit_scale.fill_(self.initial_logit_scale)
-        self.load_state_dict(loaded, strict=False)
-
-    def _take_loaded(self) -> dict[str, Tensor]:
-        """Copies of the entries that transformers has marked as loaded; the marks are off then."""
-        loaded = {}
-        for name, value in (*self.named_parameters(), *self.named_buffers()):
-            if getattr(value, LOADED, False):
-                loaded[name] = value.detach().clone()
-                delattr(value, LOADED)
-        return loaded
-
     def like(self, bank: PrototypeBank, *, logit_scale: float | None) -> "HypersphericalHead":
         """A fresh head of the same kind and options on another bank, with projection "linear+bn"."""
         head = type(self)(
@@ -228,9 +175,6 @@ class HypersphericalHead(Codebook):
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # transformers' word for being done with a module: what it has not loaded is memory that nothing was written to.
-        if name == LOADED and value and self._awaits_values and not self._entries()[0].is_meta:
-            self.reset_()
         if name in FIXED and self.__dict__.get(name, value) != value:
             raise ArgumentError(
                 f"a head's {name} is fixed: expected {self.__dict__[name]}, got {value!r}. Build another head, or "

@@ -55,11 +55,17 @@ def needs_model(name: str) -> None:
         pytest.skip(f"timm {found} cannot tell the classifier of {name}; timm {MENDED[name]} can")
 
 
-def in_front(names: Iterable[str], *first: str) -> list[object]:
-    """The names as parameters of a test, of which `first` run always, and the others with `-m slow`."""
-    names = list(names)
-    assert set(first) <= set(names)
-    return [name if name in first else pytest.param(name, marks=pytest.mark.slow) for name in names]
+def in_front(cases: Iterable[object], *first: object) -> list[object]:
+    """The cases as parameters of a test, of which `first` run always, and the others with `-m slow`.
+
+    A case of several parameters is a tuple.
+    """
+    cases = list(cases)
+    assert set(first) <= set(cases)
+    return [
+        case if case in first else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
+        for case in cases
+    ]
 
 
 def plain(name: str) -> nn.Module:

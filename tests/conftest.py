@@ -1,5 +1,6 @@
 """Settings shared by all tests."""
 
+import gc
 import os
 
 import pytest
@@ -21,6 +22,13 @@ settings.load_profile("default")
 # Matrices this small gain nothing from a second thread, and lose much where another process wants the core. Fixtures of
 # whole modules run under it as well: sums over two threads are rounded otherwise than over one.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _imports_out_of_sight() -> None:
+    """Collections look through what a module's tests make, not each time through all that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from hyperproto import ArgumentError, HypersphericalHead, convert_model, describe, fit_head, to_linear
-from hyperproto.affine import affine, affine_state, known_layers, set_affine_
+from hyperproto.affine import affine, affine_state, known_layers, layers_of, set_affine_
 from hyperproto.conversion.warm_start import warm_start_
 from hyperproto.projection import build_projection
 
@@ -287,6 +287,16 @@ def test_fits_and_warm_starts_refuse_before_anything_changes(kind):
         warm_start_(head, nn.Linear(FEATURES, 6))
     assert not seen, "the data were read before the projection was looked at"
     assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
+
+
+def test_a_weight_that_is_packed_into_other_tensors_is_read_and_not_written():
+    packed, plain = linear(), linear()
+    plain.load_state_dict(packed.state_dict())
+    packed.weight.__tensor_flatten__ = lambda: (["values"], None)  # what quantised and sharded tensors have
+    with pytest.raises(ArgumentError, match="a projection that can be set"):
+        layers_of(packed)
+    for read, expected in zip(affine(packed, FEATURES), affine(plain, FEATURES), strict=True):
+        torch.testing.assert_close(read, expected, check_dtype=False)
 
 
 def test_an_empty_sequence_is_no_projection_that_can_be_set():

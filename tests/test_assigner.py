@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 import time
 
 import numpy as np
@@ -25,6 +26,7 @@ from hyperproto import (
     PrototypeBank,
     ShapeError,
     fit_head,
+    running_means,
 )
 from hyperproto.functional import solve_assignment
 from hyperproto.targets import Target
@@ -295,6 +297,16 @@ def test_a_simplex_says_that_no_step_changes_the_geometry():
     assert DynamicAssigner(spare).step().equiangular
 
 
+def test_a_step_tells_what_it_did_in_one_line():
+    assigner = DynamicAssigner(HypersphericalHead(8, 5, projection="none"))
+    assigner.update(unit_rows(3, 8), torch.arange(3))
+    step = assigner.step()
+    numbers = f"similarity {step.similarity_before:.4f} -> {step.similarity_after:.4f}"
+    rest = "2 labels not seen yet; the prototypes form a simplex: no assignment changes the geometry between classes"
+    told = rf"{step.changed} labels moved, {numbers} \(dense, optimal, \d+\.\d\d\d s\); {rest}"
+    assert re.fullmatch(told, str(step))
+
+
 def test_freezing():
     head = HypersphericalHead(4, 8, dim=4, projection="none")
     assigner = DynamicAssigner(head)
@@ -527,7 +539,14 @@ def test_non_finite_features_are_named_at_step_where_most_are(momentum):
         ({"class_means": torch.zeros(0, 4), "current": None}, AssignmentError, "at least one label"),
         ({"weights": torch.ones(4)}, ShapeError, r"\(5,\)"),
         ({"weights": -torch.ones(5)}, ArgumentError, "not negative"),
-        ({"method": "greedy"}, ArgumentError, "greedy"),
+        ({"method": "greedy"}, ArgumentError, "^method must be .*, got 'greedy'"),
+        ({"class_means": torch.randn(4)}, ShapeError, r"class means of shape \(C, D\)"),
+        ({"prototypes": torch.randn(4)}, ShapeError, r"prototypes of shape \(P, D\)"),
+        ({"prototypes": torch.zeros(0, 4)}, AssignmentError, "at least as many"),
+        ({"class_means": torch.randn(5, 4, device="meta")}, ShapeError, "expected class means with values"),
+        ({"prototypes": torch.randn(6, 4, device="meta")}, ShapeError, "expected prototypes with values"),
+        ({"weights": torch.ones(5, device="meta")}, ShapeError, "expected weights with values"),
+        ({"prices": torch.zeros(6, device="meta")}, ShapeError, "expected prices with values"),
     ],
 )
 def test_bad_problems_are_refused(kwargs, error, words):
@@ -552,6 +571,49 @@ def test_a_step_that_fails_leaves_what_was_seen(momentum, monkeypatch):
         assert torch.equal(value, before[name]), name
     monkeypatch.undo()
     assert assigner.step().unseen == ()
+
+
+@pytest.mark.parametrize("momentum", [0.9, None])
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_a_batch_leaves_the_means_of_labels_that_it_lacks_as_they_were(momentum, soft):
+    assigner = DynamicAssigner(HypersphericalHead(16, 64, dim=16, projection="none"), momentum=momentum)
+    assigner.update(unit_rows(64, 16), torch.arange(64))
+    before = assigner.class_means.clone()
+    target = torch.tensor([3, 3, 7])
+    assigner.update(unit_rows(3, 16, seed=1), nn.functional.one_hot(target, 64).float() if soft else target)
+    others = [label for label in range(64) if label not in (3, 7)]
+    assert torch.equal(assigner.class_means[others], before[others])
+    assert not torch.equal(assigner.class_means[[3, 7]], before[[3, 7]])
+
+
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_means_stay_where_buffers_are_replaced_by_equal_ones(momentum):
+    """As packages do that keep buffers in memory of their own."""
+    assigner = DynamicAssigner(HypersphericalHead(4, 6, projection="none"), momentum=momentum)
+    assigner.update(unit_rows(6, 4), torch.arange(6))
+    assigner.class_means[2] = float("nan")
+    before = copy.deepcopy(assigner.state_dict())
+    assigner._apply(torch.clone)
+    for name, value in assigner.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("momentum", [0.9, None])
+@pytest.mark.parametrize("writers", [1, 2, 3])
+def test_a_rank_takes_from_a_checkpoint_what_it_has_fed_itself(writers, momentum, monkeypatch):
+    """As the first of two ranks: what the second alone has fed since the last step is left to it."""
+    monkeypatch.setattr(running_means, "has_ranks", lambda group: True)
+    monkeypatch.setattr(running_means, "bit_of_this_rank", lambda group: 1)
+    saved, loaded = (DynamicAssigner(HypersphericalHead(4, 6, projection="none"), momentum=momentum) for _ in range(2))
+    saved.update(unit_rows(6, 4), torch.arange(6))
+    saved.step()
+    saved.update(unit_rows(2, 4, seed=1), torch.arange(2))
+    saved.writers.fill_(writers)
+    loaded.load_state_dict(saved.state_dict())
+    kept = [1.0, 1.0, 0.0, 0.0, 0.0, 0.0] if writers & 1 else [0.0] * 6
+    assert loaded.pending_counts.tolist() == kept
+    assert loaded.class_counts.tolist() == [1.0 + count for count in kept]
+    assert int(loaded.writers) == (writers if writers & 1 else 0)
 
 
 def test_an_unknown_solver_is_refused_before_the_first_epoch():

@@ -231,6 +231,13 @@ def test_the_batches_since_the_last_step_are_counted_in_the_state():
     assert len(first.history) == 1
 
 
+def test_the_count_of_batches_is_kept_on_the_cpu_whatever_the_default_device():
+    assigner = DynamicAssigner(converted(), step_every=3)
+    with torch.device("meta"):
+        count = assigner.state_dict()["num_batches"]
+    assert (count.device.type, int(count)) == ("cpu", 0)
+
+
 def test_a_step_by_itself_trains_as_one_by_hand():
     results = []
     for step_every in (2, None):
@@ -242,6 +249,11 @@ def test_a_step_by_itself_trains_as_one_by_hand():
                 assigner.step()
         results.append(state_of(model))
     assert is_equal(*results)
+
+
+def test_to_attach_or_not_is_a_flag():
+    with pytest.raises(ArgumentError, match="expected attach to be True or False"):
+        DynamicAssigner(head_alone(), attach="yes")
 
 
 @pytest.mark.parametrize("step_every", [0, -1, 1.5, "2", True])

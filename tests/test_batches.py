@@ -2,11 +2,13 @@
 
 import collections
 import copy
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
 from clouds import assert_same_state, clouds, make_head
+from compatible import in_front
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -107,8 +109,10 @@ def make_model() -> nn.Sequential:
     return nn.Sequential(make_head(5, 16, 4))
 
 
-@pytest.mark.parametrize("kind", TAKEN)
-@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize(
+    ("fit", "kind"),
+    in_front(product(FITS, TAKEN), *(("fit_head", kind) for kind in TAKEN), *((fit, "a loader") for fit in FITS)),
+)
 def test_what_can_mean_one_thing_only_is_taken(fit, kind):
     plain, other = make_model(), make_model()
     expected = FITS[fit](plain, [(FEATURES, LABELS)])

@@ -25,13 +25,14 @@ from hyperproto import (
     BankError,
     CheckpointError,
     DynamicAssigner,
+    HypersphericalHead,
     PrototypeBank,
     ShapeError,
     convert_model,
     restore_model,
     to_linear,
 )
-from hyperproto.checkpoint import FORMAT_VERSION
+from hyperproto.checkpoint import FORMAT_VERSION, count_in
 
 # torch.distributed.checkpoint says so in a process of its own. The last two are torch 2.6's, the last of its own code.
 pytestmark = pytest.mark.filterwarnings(
@@ -597,3 +598,28 @@ def test_every_way_of_saving_carries_the_version(way, tmp_path):
     later[2].format_version.fill_(FORMAT_VERSION + 1)
     with pytest.raises(CheckpointError, match=r"2\.format_version"):
         way(later, model, tmp_path)
+
+
+# How often an assignment was set
+
+
+def test_the_larger_of_two_counts_in_a_checkpoint_is_taken():
+    head, loaded = (HypersphericalHead(6, 5, dim=4) for _ in range(2))
+    for _ in range(4):
+        head.assign_(head.assignment.roll(1))
+    state = head.state_dict()
+    assert count_in(state["format_version"]) == int(state["assignment_record"][-1]) == 5
+    state["assignment_record"][-1] = 2.0
+    loaded.load_state_dict(state)
+    assert count_in(loaded.format_version) == 5
+
+
+def test_counting_begins_anew_where_a_head_has_lost_its_values():
+    head, old = (HypersphericalHead(6, 5, dim=4) for _ in range(2))
+    for _ in range(4):
+        old.assign_(old.assignment.roll(1))
+    head.to("meta").to_empty(device="cpu")
+    for name in ("assignment", "assignment_record", "format_version"):  # what the memory may have held before
+        head.get_buffer(name).copy_(old.get_buffer(name))
+    head.assign_(torch.tensor([4, 3, 2, 1, 0]))
+    assert count_in(head.format_version) == 1

@@ -113,6 +113,9 @@ def test_other_banks_are_sampled_beyond_what_can_be_compared(monkeypatch):
     sampled = bank.report()
     assert (exact.source, sampled.source) == ("all pairs", "sample")
     assert sampled.max_cosine == pytest.approx(exact.max_cosine)  # a sample of 1024 holds all 300
+    code = PrototypeBank(300, 64, method="code").report()
+    assert code.source == "weight distribution"
+    assert code.max_cosine == code.mean_max_cosine
 
 
 @pytest.mark.parametrize(("num", "dim"), [(10, 20), (10**9, 64), (10, 1)])

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from compatible import in_front
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -174,7 +175,7 @@ def test_closed_forms_refuse_other_sizes(method, num, dim, advice):
 @pytest.mark.parametrize(
     ("num", "dim", "largest"), [(100, 10, 0.345), (100, 16, 0.21), (100, 25, 0.114), (100, 32, 0.079), (200, 50, 0.078)]
 )
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", in_front(range(3), 0))
 def test_separated_reaches_what_is_known_to_be_possible(num, dim, largest, seed):
     assert cosines(separated_points(num, dim, generator(seed))).max() <= largest
 
@@ -312,7 +313,7 @@ def test_the_number_of_threads_changes_no_bit(objective, request):
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        results.append(minimise(objective, start, iterations=5, tolerance=0.0, advance=[].append))
+        results.append(minimise(objective, start, iterations=3, tolerance=0.0, advance=[].append))
     assert torch.equal(*results)
 
 

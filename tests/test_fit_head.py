@@ -438,6 +438,18 @@ def test_a_sample_has_rows_once_and_no_more_than_asked_for(sizes, limit):
     assert torch.equal(rows[:, 0].long(), labels)
 
 
+def test_a_sample_does_not_depend_on_what_was_drawn_before():
+    drawn = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        sample = FeatureSample(10, width=1)
+        sample.add(torch.arange(100.0)[:, None], torch.arange(100))
+        drawn.append(sample.draw()[1])
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(*drawn)
+
+
 def test_every_row_of_a_stream_is_as_likely():
     sample = FeatureSample(1000, width=1)
     for part in torch.arange(10_000).split(64):
@@ -688,3 +700,7 @@ def test_a_bank_of_another_name_or_for_a_bare_head_is_refused():
         fit_head(nn.Sequential(make_head(4, 12, 3)), [(features, labels)], bank="simplex")
     with pytest.raises(ArgumentError, match="bare head"):
         fit_head(make_head(4, 12, 3), [(features, labels)], bank="class-vectors")
+    wrapped = nn.DataParallel(nn.Sequential(make_head(4, 12, 3)))
+    for model in (wrapped, nn.Sequential(wrapped)):
+        with pytest.raises(HeadNotFoundError, match=r" fit_head\(model, \.\.\.\), then"):
+            fit_head(model, [(features, labels)], bank="class-vectors")

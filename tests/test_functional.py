@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from hyperproto import ArgumentError, functional
-from hyperproto.functional import solve_assignment, squared_class_lengths
+from hyperproto import ArgumentError, LabelError, functional
+from hyperproto.functional import batch_squared_lengths, solve_assignment, squared_class_lengths
 
 LABELS = torch.tensor([0, 2, 2, 1])
 
@@ -83,3 +83,20 @@ def test_labels_with_one_mean_stay_where_they_are(method, seed):
     means = torch.randn(1, 8, generator=generator).expand(30, -1)
     current = torch.randperm(30, generator=generator)
     assert torch.equal(solve_assignment(means, prototypes, current=current, method=method).assignment, current)
+
+
+@pytest.mark.parametrize(
+    ("counts", "num_classes", "words"),
+    [([], 0, "^expected num_classes "), ([1, 2], 3, "^class_counts must be 3 "), ([1, 0], 2, r"labels \[1\]")],
+)
+def test_lengths_of_classes_name_what_is_wrong(counts, num_classes, words):
+    with pytest.raises(ArgumentError, match=words):
+        squared_class_lengths(counts, num_classes)
+
+
+@pytest.mark.parametrize(
+    "target", ["cat", torch.tensor([0, 1], dtype=torch.int32), torch.tensor([[0, 1]]), torch.tensor([0.0, 1.0])]
+)
+def test_lengths_in_a_batch_are_those_of_labels_or_of_soft_targets(target):
+    with pytest.raises(LabelError):
+        batch_squared_lengths(target)

@@ -7,6 +7,7 @@ import copy
 import io
 import pickle
 import warnings
+from itertools import product
 from pathlib import Path
 
 import onnxruntime
@@ -42,7 +43,7 @@ torchscript = pytest.mark.filterwarnings(
 )
 
 
-@every_model
+@pytest.mark.parametrize("name", in_front(MODELS, "test_resnet", "deit_tiny_distilled_patch16_224"))
 @torchscript
 def test_scripted(name, tmp_path):
     model, batch = converted(name).eval(), images()
@@ -71,7 +72,7 @@ def test_scripted_in_train_mode(projection, training_output):
         torch.testing.assert_close(parameter.grad, other.grad, atol=1e-4, rtol=1e-3, msg=key)
 
 
-@every_model
+@pytest.mark.parametrize("name", in_front(MODELS, "test_resnet", "deit_tiny_distilled_patch16_224"))
 @torchscript
 def test_traced(name):
     model, batch = converted(name).eval(), images()
@@ -107,8 +108,9 @@ def test_exported(name):
     assert any(key.endswith("assignment") for key in program.state_dict)
 
 
+@pytest.mark.slow
 @needs("a conversion of batch norm to ONNX that today's onnxscript takes", torch="2.11")
-@one_model_in_front
+@every_model
 def test_onnx_gives_equal_logits(name, tmp_path):
     model, batch = converted(name).eval(), images()
     permute_(model)
@@ -161,8 +163,9 @@ def check_compiled(name: str, backend: str) -> None:
 
 
 #: Rows and feature maps; in train mode with either output, and in eval mode.
-kinds = pytest.mark.parametrize("kind", ["rows", "maps"])
-modes = pytest.mark.parametrize("mode", ["logits", "embedding", "eval"])
+KINDS, MODES = ("rows", "maps"), ("logits", "embedding", "eval")
+kinds = pytest.mark.parametrize("kind", KINDS)
+modes = pytest.mark.parametrize("mode", MODES)
 
 
 def small(kind: str, mode: str) -> nn.Module:
@@ -183,8 +186,7 @@ def batch_of(kind: str, size: int) -> Tensor:
     return torch.randn(size, 6) if kind == "rows" else torch.randn(size, 6, 5, 5)
 
 
-@kinds
-@modes
+@pytest.mark.parametrize(("kind", "mode"), in_front(product(KINDS, MODES), ("rows", "logits")))
 def test_as_many_compiled_graphs_for_all_batch_sizes_as_of_the_unconverted_model(kind, mode):
     model = small(kind, mode)
     num_graphs = check_sizes_compiled(model, copy.deepcopy(model), kind)
@@ -209,29 +211,34 @@ def check_sizes_compiled(model: nn.Module, twin: nn.Module, kind: str) -> int:
     return len(graphs)
 
 
-@pytest.mark.parametrize("is_soft", [False, True], ids=["labels", "soft"])
-@pytest.mark.parametrize("training_output", ["logits", "embedding"])
-@pytest.mark.parametrize("loss", [BalancedLoss, LongTailLoss, PrototypeCrossEntropyLoss])
-def test_a_compiled_training_step_takes_a_smaller_last_batch(loss, training_output, is_soft):
+@pytest.mark.parametrize(
+    ("loss", "training_output", "target"),
+    in_front(
+        product([BalancedLoss, LongTailLoss, PrototypeCrossEntropyLoss], ["logits", "embedding"], ["labels", "soft"]),
+        (BalancedLoss, "embedding", "labels"),
+        (PrototypeCrossEntropyLoss, "logits", "soft"),
+    ),
+)
+def test_a_compiled_training_step_takes_a_smaller_last_batch(loss, training_output, target):
     torch.compiler.reset()
     models = [small("rows", training_output) for _ in range(2)]
     criteria = [loss(DynamicAssigner(model)) for model in models]
     steps = [lambda batch, target, i=i: criteria[i](models[i](batch), target) for i in range(2)]
     steps[0] = torch.compile(steps[0], fullgraph=True, backend="eager")
     for size in (16, 16, 7):
-        batch, target = batch_of("rows", size), torch.arange(size) % NUM_CLASSES
-        if is_soft:
-            target = 0.9 * nn.functional.one_hot(target, NUM_CLASSES) + 0.1 / NUM_CLASSES
+        batch, labels = batch_of("rows", size), torch.arange(size) % NUM_CLASSES
+        soft = 0.9 * nn.functional.one_hot(labels, NUM_CLASSES) + 0.1 / NUM_CLASSES
         for step in steps:
-            step(batch, target).backward()
+            step(batch, soft if target == "soft" else labels).backward()
     for parameter, expected in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, expected.grad, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(criteria[0].assigner.class_means, criteria[1].assigner.class_means)
 
 
-@kinds
-@modes
-@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize(
+    ("kind", "mode", "strict"),
+    in_front(product(KINDS, MODES, [False, True]), ("rows", "logits", True), ("maps", "eval", False)),
+)
 def test_exported_with_a_batch_of_any_size(kind, mode, strict):
     model = small(kind, mode)
     twin = copy.deepcopy(model)
@@ -275,7 +282,7 @@ def test_onnx_of_the_older_exporter_takes_other_batch_sizes(kind, dtype):
 
 
 @needs("a conversion of batch norm to ONNX that today's onnxscript takes", torch="2.11")
-@kinds
+@pytest.mark.parametrize("kind", in_front(KINDS, "rows"))
 @pytest.mark.filterwarnings("ignore")  # torch's and onnxscript's own deprecations
 def test_onnx_of_the_newer_exporter_takes_other_batch_sizes(kind):
     model = small(kind, "eval")

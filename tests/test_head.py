@@ -3,10 +3,12 @@
 import copy
 import io
 import pickle
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from compatible import in_front
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -132,7 +134,9 @@ def test_default_scale_gives_a_placed_sample_the_documented_probability(num_clas
     assert float(placed) == pytest.approx(PLACED_PROBABILITY, abs=1e-3)
 
 
-@pytest.mark.parametrize(("num_classes", "scale"), [(10, 4.5565), (100, 7.0711), (1000, 11.4904)])
+@pytest.mark.parametrize(
+    ("num_classes", "scale"), in_front([(10, 4.5565), (100, 7.0711), (1000, 11.4904)], (10, 4.5565), (100, 7.0711))
+)
 def test_default_scale_on_a_cross_polytope(num_classes, scale):
     head = HypersphericalHead(num_classes // 2, num_classes, bank="orthoplex", projection="none")
     simplex = (num_classes - 1) / num_classes * np.log(99 * (num_classes - 1))
@@ -384,8 +388,10 @@ def test_non_contiguous_features():
     torch.testing.assert_close(head(features), head(features.contiguous()))
 
 
-@pytest.mark.parametrize("training_output", ["logits", "embedding"])
-@pytest.mark.parametrize("projection", ["none", "linear+bn"])
+@pytest.mark.parametrize(
+    ("projection", "training_output"),
+    in_front(product(["none", "linear+bn"], ["logits", "embedding"]), ("linear+bn", "logits")),
+)
 def test_compiles_as_one_graph_and_follows_the_assignment(training_output, projection):
     head = HypersphericalHead(4, 5, dim=4, projection=projection, training_output=training_output)
     torch.compiler.reset()
@@ -430,7 +436,7 @@ def test_get_heads_sees_through_wrappers():
         ({"bank": PrototypeBank(5, 4), "dim": 3}, BankError, "dimension 3"),
         ({"bank": "best"}, BankError, "best"),
         ({"projection": "mlp"}, ArgumentError, "linear"),
-        ({"training_output": "features"}, ArgumentError, "embedding"),
+        ({"training_output": "features"}, ArgumentError, "^training_output must be .*embedding"),
         ({"logit_scale": 0.0}, ArgumentError, "positive"),
         ({"logit_scale": float("nan")}, ArgumentError, "finite"),
     ],
@@ -442,8 +448,14 @@ def test_wrong_options_are_refused_with_a_reason(kwargs, error, words):
 
 @pytest.mark.parametrize(("in_features", "num_classes"), [(0, 5), (12, 1), (12, 0)])
 def test_wrong_sizes_are_refused(in_features, num_classes):
-    with pytest.raises(ArgumentError, match=r"in_features.*at least 1|num_classes.*at least 2"):
+    with pytest.raises(ArgumentError, match=r"^expected (in_features .* at least 1|num_classes .* at least 2),"):
         HypersphericalHead(in_features, num_classes)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 6), (5,), (3, 5, 1)])
+def test_embeddings_are_recovered_from_logits_of_all_classes_only(shape):
+    with pytest.raises(ShapeError, match=r"logits of shape \(B, 5\)"):
+        spare_head().recover_embeddings(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("shape", [(3, 11), (12,), (3, 12, 1)])

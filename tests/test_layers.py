@@ -40,6 +40,7 @@ LAYERS = [
     "assigned_bank",
     "placement",
     "codebook",
+    "restart",
     "head",
     "heads",
     "class_names",

@@ -2,10 +2,12 @@
 
 import copy
 import pickle
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from compatible import in_front
 from hypothesis import given
 from hypothesis import strategies as st
 from losses import COUNTS, LOSSES
@@ -197,13 +199,16 @@ def test_the_contract_forbids_changing_the_target():
 
 
 @pytest.mark.parametrize(
-    ("name", "backend"),
-    [
-        *((name, "eager") for name in LOSSES),
-        *(pytest.param(name, "inductor", marks=pytest.mark.slow) for name in ("balanced", "cross-entropy")),
-    ],
+    ("name", "backend", "training_output"),
+    in_front(
+        [
+            *product(LOSSES, ["eager"], ["logits", "embedding"]),
+            *product(["balanced", "cross-entropy"], ["inductor"], ["logits", "embedding"]),
+        ],
+        *((name, "eager", "logits") for name in LOSSES),
+        ("balanced", "eager", "embedding"),
+    ),
 )
-@pytest.mark.parametrize("training_output", ["logits", "embedding"])
 def test_a_compiled_loss_takes_no_label_from_the_end(name, backend, training_output):
     """Compiled code leaves the check of the labels' range to what looks them up."""
     torch.compiler.reset()
@@ -267,16 +272,12 @@ def test_half_precision_outputs_give_a_float32_loss(make_loss):
 
 
 @pytest.mark.parametrize(
-    "make_loss",
-    [
-        pytest.param(make, id=name, marks=[] if name in ("balanced", "cross-entropy") else pytest.mark.slow)
-        for name, make in LOSSES.items()
-    ],
+    ("name", "training_output"),
+    in_front(product(LOSSES, ["logits", "embedding"]), ("balanced", "embedding"), ("cross-entropy", "logits")),
 )
-@pytest.mark.parametrize("training_output", ["logits", "embedding"])
-def test_compiles_as_one_graph_with_its_assigner(make_loss, training_output):
+def test_compiles_as_one_graph_with_its_assigner(name, training_output):
     torch.compiler.reset()
-    eager, compiled = (make_loss(DynamicAssigner(make_head(training_output))) for _ in range(2))
+    eager, compiled = (LOSSES[name](DynamicAssigner(make_head(training_output))) for _ in range(2))
     run = torch.compile(lambda features, target: compiled(compiled.head(features), target), fullgraph=True,
                         backend="aot_eager")  # fmt: skip
     for seed in range(2):
@@ -344,7 +345,12 @@ def test_embedding_losses_need_nothing_as_wide_as_the_classes():
 
 @pytest.mark.parametrize(
     ("kwargs", "words"),
-    [({"scale": 0.0}, "scale"), ({"scale": float("inf")}, "scale"), ({"label_smoothing": 1.5}, "label_smoothing")],
+    [
+        ({"scale": 0.0}, "scale"),
+        ({"scale": float("inf")}, "scale"),
+        ({"label_smoothing": 1.5}, "label_smoothing"),
+        ({"weight": [1.0, 2.0]}, "^weight must be 6 numbers"),
+    ],
 )
 def test_wrong_options_of_the_cross_entropy_are_refused(kwargs, words):
     with pytest.raises(ArgumentError, match=words):

@@ -22,7 +22,6 @@ from hyperproto import (
     HyperprotoWarning,
     HypersphericalHead,
     PrototypeBank,
-    PrototypeCrossEntropyLoss,
     convert_model,
     fit_logit_scale,
 )
@@ -383,71 +382,13 @@ def test_a_step_moves_the_labels_of_a_head_that_an_adapter_has_copied():
     assert not torch.equal(used.assignment, torch.arange(used.num_classes))
 
 
-# Outputs that are none
-
-
-@pytest.mark.parametrize("factor", [1.1, 100.0])
-@pytest.mark.parametrize("training_output", ["logits", "embedding"])
-def test_outputs_beyond_any_cosine_are_refused(factor, training_output):
-    head = HypersphericalHead(8, 6, dim=3, training_output=training_output)
-    features, labels = batch()
-    output = nn.functional.normalize(torch.ones(32, 3)) if training_output == "embedding" else head(features)
-    scale = 1.0 if training_output == "embedding" else float(head.logit_scale / output.detach().abs().max())
-    assigner = DynamicAssigner(head)
-    with pytest.raises(ArgumentError, match=r"cosines, in \[-1, 1\]"):
-        BalancedLoss(assigner)(factor * scale * output, labels)
-    assert not assigner.class_counts.any()
-    BalancedLoss(assigner)(scale * output, labels)
-
-
-@given(
-    width=st.sampled_from([3, 8, 20]), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), seed=SEEDS
-)
-def test_what_a_head_returns_is_never_refused(width, dtype, seed):
-    model = make_model(num_classes=width, dim=8, bank="random", seed=seed % 1000)
-    output = model(batch(seed=seed)[0])
-    labels = batch(num_classes=width)[1]
-    for each in (output, 0.3 * output + 0.7 * output.flip(0), torch.zeros_like(output), output[:0]):
-        BalancedLoss(model)(each.to(dtype), labels[: len(each)])
-
-
-def test_what_is_not_finite_passes_for_a_gradient_scaler_to_see():
-    model = make_model()
-    output = model(batch()[0]).detach()
-    for value in (float("nan"), float("inf")):
-        output[0, 0] = value
-        assert not torch.isfinite(BalancedLoss(model)(output, batch()[1]))
-
-
-def test_as_wide_as_each_other_embeddings_and_logits_are_told_apart_by_length():
-    features, labels = batch()
-    head = HypersphericalHead(8, 4, dim=4)
-    with pytest.raises(ArgumentError, match="as wide as"):
-        BalancedLoss(head)(head.embed(features), labels)
-    with pytest.warns(HyperprotoWarning, match="saves nothing"):
-        head = HypersphericalHead(8, 4, dim=4, training_output="embedding")
-    embeddings, logits = head(features), head.eval()(features)
-    with pytest.raises(ArgumentError, match="as wide as"):
-        BalancedLoss(head)(embeddings, labels)
-    BalancedLoss(head)(logits, labels)
-    head.train()
-    with pytest.raises(ArgumentError, match="as wide as"):
-        BalancedLoss(head)(logits, labels)
-    BalancedLoss(head)(embeddings, labels)
-
-
-def test_orthonormal_prototypes_at_scale_one_have_logits_of_length_one():
-    head = HypersphericalHead(4, 4, bank=PrototypeBank.from_tensor(torch.eye(4)), projection="linear", logit_scale=1.0)
-    PrototypeCrossEntropyLoss(head)(head(torch.randn(5, 4)), torch.tensor([0, 1, 2, 3, 0]))
+# Heads, banks and options
 
 
 @pytest.mark.parametrize("dim", [4, 8])
 def test_embeddings_as_wide_as_logits_are_told_when_the_head_is_made(dim):
     assert len(told(lambda: HypersphericalHead(8, 4, dim=dim, training_output="embedding"))) == 1
     assert not told(lambda: HypersphericalHead(8, dim + 1, dim=dim, training_output="embedding"))
-
-
-# Banks and options
 
 
 @given(seed=SEEDS, num_prototypes=st.integers(3, 40), dim=st.integers(2, 40), factor=st.floats(0.1, 10.0))

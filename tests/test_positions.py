@@ -1,9 +1,12 @@
 """Labels per pixel or token: each position of a map, or of a sequence, is a sample."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from compatible import in_front
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from losses import LOSSES as ALL
@@ -29,8 +32,9 @@ LOSSES = ALL | {
     ),
 }
 every_loss = pytest.mark.parametrize("make_loss", LOSSES.values(), ids=LOSSES)
-every_layout = pytest.mark.parametrize("layout", ["maps", "tokens", "tokens in rows and columns"])
-every_output = pytest.mark.parametrize("training_output", ["logits", "embedding"])
+LAYOUTS, OUTPUTS = ("maps", "tokens", "tokens in rows and columns"), ("logits", "embedding")
+every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+every_output = pytest.mark.parametrize("training_output", OUTPUTS)
 
 
 def make_head(layout: str, training_output: str = "logits", dim: int = 4) -> HypersphericalHead:
@@ -64,23 +68,29 @@ def make_target(layout: str, generator: torch.Generator, kind: str, batch: int =
     return shares.movedim(-1, 1) if layout == "maps" else shares
 
 
-@every_output
-@every_layout
-@every_loss
+@pytest.mark.parametrize(
+    ("loss", "layout", "training_output"),
+    in_front(
+        product(LOSSES, LAYOUTS, OUTPUTS),
+        *product(["balanced"], LAYOUTS, OUTPUTS),
+        *((loss, "maps", "logits") for loss in LOSSES),
+        ("cross-entropy, weighed", "tokens", "embedding"),
+    ),
+)
 @settings(max_examples=25)
 @given(seed=SEEDS, kind=st.sampled_from(["labels", "ignoring", "soft"]), batch=st.integers(0, 3),
        reduction=st.sampled_from(["mean", "sum", "none"]))  # fmt: skip
-def test_positions_are_samples(make_loss, layout, training_output, seed, kind, batch, reduction):
+def test_positions_are_samples(loss, layout, training_output, seed, kind, batch, reduction):
     generator = torch.Generator().manual_seed(seed)
     head, inputs = make_head(layout, training_output), features(layout, generator, batch)
     target = make_target(layout, generator, kind, batch)
     flat = rows(target, layout) if kind == "soft" else target.flatten()
-    found, expected = (make_loss(DynamicAssigner(head), reduction=reduction, ignore_index=IGNORED) for _ in range(2))
+    found, expected = (LOSSES[loss](DynamicAssigner(head), reduction=reduction, ignore_index=IGNORED) for _ in range(2))
     output = head(inputs)
-    loss, loss_of_rows = found(output, target), expected(rows(output, layout), flat)
-    assert loss.shape == (positions(layout, batch) if reduction == "none" else ())
-    torch.testing.assert_close(loss.flatten(), loss_of_rows.flatten())
-    gradients = [torch.autograd.grad(each.sum(), output, retain_graph=True)[0] for each in (loss, loss_of_rows)]
+    value, value_of_rows = found(output, target), expected(rows(output, layout), flat)
+    assert value.shape == (positions(layout, batch) if reduction == "none" else ())
+    torch.testing.assert_close(value.flatten(), value_of_rows.flatten())
+    gradients = [torch.autograd.grad(each.sum(), output, retain_graph=True)[0] for each in (value, value_of_rows)]
     torch.testing.assert_close(*gradients)
     for name, value in expected.assigner.state_dict().items():
         torch.testing.assert_close(found.assigner.state_dict()[name], value)

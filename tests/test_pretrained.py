@@ -457,33 +457,34 @@ def test_names_stay_with_the_head_that_takes_the_place_of_another():
 
 FRESH = """
 import sys, torch, hyperproto
-torch.set_num_threads(int(sys.argv[4]))  # sums are of the same order then
+torch.set_num_threads(int(sys.argv[1]))  # sums are of the same order then
 before = torch.get_rng_state()
-model = hyperproto.load_pretrained(sys.argv[1])
-assert torch.equal(before, torch.get_rng_state())
-torch.save({"logits": model(torch.load(sys.argv[2])), "state": model.state_dict()}, sys.argv[3])
-print(hyperproto.describe(model))
+for folder in sys.argv[2:]:
+    model = hyperproto.load_pretrained(folder)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.save({"logits": model(torch.load(f"{folder}/batch.pt")), "state": model.state_dict(),
+                "described": hyperproto.describe(model)}, f"{folder}/out.pt")
 """
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_fresh_process_computes_the_same_bits(dtype, tmp_path):
+def test_a_fresh_process_computes_the_same_bits(tmp_path):
     names = [f"n{label}" for label in range(NUM_CLASSES)]
-    saved = convert_model(timm.create_model("test_resnet", num_classes=NUM_CLASSES), dim=5, class_names=names)
-    permute_(saved)
-    saved.to(dtype).train()
-    save_pretrained(saved, tmp_path / "folder")
-    batch = images().to(dtype)
-    torch.save(batch, tmp_path / "batch.pt")
-    paths = [str(tmp_path / name) for name in ("folder", "batch.pt", "out.pt")]
-    paths.append(str(torch.get_num_threads()))
-    done = subprocess.run([sys.executable, "-c", FRESH, *paths], capture_output=True, text=True, check=True)
-    out = torch.load(tmp_path / "out.pt", weights_only=True)
-    assert torch.equal(out["logits"], saved.eval()(batch))
-    for name, value in saved.state_dict().items():
-        assert torch.equal(out["state"][name], value)
-        assert out["state"][name].dtype == value.dtype
-    assert done.stdout.strip() == describe(saved)
+    saved, batches = {}, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = convert_model(timm.create_model("test_resnet", num_classes=NUM_CLASSES), dim=5, class_names=names)
+        permute_(model)
+        folder = tmp_path / str(dtype)
+        saved[folder], batches[folder] = model.to(dtype).train(), images().to(dtype)
+        save_pretrained(model, folder)
+        torch.save(batches[folder], folder / "batch.pt")
+    subprocess.run([sys.executable, "-c", FRESH, str(torch.get_num_threads()), *map(str, saved)], check=True)
+    for folder, model in saved.items():
+        out = torch.load(folder / "out.pt", weights_only=True)
+        assert torch.equal(out["logits"], model.eval()(batches[folder]))
+        for name, value in model.state_dict().items():
+            assert torch.equal(out["state"][name], value)
+            assert out["state"][name].dtype == value.dtype
+        assert out["described"] == describe(model)
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext", "deit_tiny_distilled_patch16_224"])
@@ -631,7 +632,7 @@ def test_the_page_runs(heading, tmp_path, monkeypatch):
         exec(second, space | {"model": timm.create_model("resnet18")})
     elif heading == "In a folder":
         torchvision = space["torchvision"] = pytest.importorskip("torchvision")
-        other = convert_model(torchvision.models.squeezenet1_1(), dim=2000, bank="random", projection="linear")
+        other = convert_model(torchvision.models.squeezenet1_1(), dim=8, bank="random", projection="linear")
         save_pretrained(other, "other")
         for block in blocks(heading):
             exec(block, space)

@@ -5,14 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from timm.layers import freeze_batch_norm_2d, unfreeze_batch_norm_2d
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from hyperproto import HypersphericalHead, convert_model, to_linear
 
 
 @pytest.mark.parametrize("projection", ["linear", "linear+bn"])
 def test_the_linear_map_starts_as_that_of_torch(projection):
-    head = HypersphericalHead(64, 600, dim=512, bank="random", projection=projection)
+    head = HypersphericalHead(64, 600, dim=512, bank="random", projection=projection, training_output="embedding")
     weight = (head.projection if projection == "linear" else head.projection[0]).weight.detach()
     bound = 1.0 / math.sqrt(64)
     # Of 32768 draws, uniform in +-bound: four standard errors.
@@ -46,6 +48,19 @@ def test_folding_knows_the_epsilon_of_batch_norm():
     expected = (head.projection(features) @ head.class_prototypes.T).detach()
     folded = to_linear(model)(features).detach()
     torch.testing.assert_close(folded / folded.norm(), expected / expected.norm(), rtol=1e-4, atol=1e-6)
+
+
+def test_batch_norm_synchronised_frozen_and_thawed_computes_the_same():
+    """The functions of timm put layers for maps in the place of those for rows."""
+    model = convert_model(nn.Sequential(nn.Linear(6, 8)), dim=4, classifier="0")
+    model(torch.randn(32, 6))
+    features = torch.randn(5, 6)
+    expected = model.eval()(features)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for change, kind in ((freeze_batch_norm_2d, FrozenBatchNorm2d), (unfreeze_batch_norm_2d, nn.BatchNorm2d)):
+        model = change(model).eval()
+        assert isinstance(model[0].projection[1], kind)
+        torch.testing.assert_close(model(features), expected)
 
 
 @pytest.mark.parametrize("method", ["random", "uniform"])

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compatible import in_front
 from PIL import Image
 
 import hyperproto
@@ -44,7 +45,7 @@ def recipe(monkeypatch):
     return module
 
 
-@pytest.mark.parametrize(("flags", "dim"), [([], 2), (["--dim", "3"], 3)])
+@pytest.mark.parametrize(("flags", "dim"), in_front([((), 2), (("--dim", "3"), 3)], ((), 2)))
 def test_the_recipe_learns_and_ends_in_few_dimensions(recipe, folder, monkeypatch, capsys, flags, dim):
     evaluate, models = recipe.evaluate, []
     monkeypatch.setattr(recipe, "evaluate", lambda model, *rest: models.append(model) or evaluate(model, *rest))

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import io
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import timm
 import torch
 import torch.distributed as dist
 from clouds import assert_same_state, batched, clouds, make_head, normal
+from compatible import in_front
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_on_ranks
@@ -40,12 +42,13 @@ from hyperproto import (
 from hyperproto.affine import affine
 from hyperproto.conversion.channels import ChannelsFirstHead
 from hyperproto.fitting import data
+from hyperproto.fitting.closed_form import least_squares
 from hyperproto.fitting.components import principal_components
 from hyperproto.fitting.hand_over import start_with_prototypes
 from hyperproto.fitting.held_out import held_out, sample_keys
 from hyperproto.fitting.lbfgs import Samples
 from hyperproto.fitting.teacher import first_teacher, refined
-from hyperproto.fitting.unit_head import Coordinates
+from hyperproto.fitting.unit_head import Coordinates, Score
 from hyperproto.testing import SEEDS, check_assignment, check_bank
 
 
@@ -100,6 +103,24 @@ def coordinates_of(found: data.HeldFeatures) -> Coordinates:
 def held(features: torch.Tensor, labels: torch.Tensor, num_classes: int = 6) -> data.HeldFeatures:
     model = nn.Sequential(make_head(num_classes, features.shape[1], 4))
     return data.HeldFeatures(model, (model[0],), batched(features, labels), process_group=None)
+
+
+@pytest.mark.parametrize("intercept", [False, True])
+def test_the_stand_in_is_the_regression_on_the_prototypes(intercept, monkeypatch):
+    """But for the shrinking of covariances, which has tests of its own."""
+    monkeypatch.setattr("hyperproto.fitting.statistics.shrunk_covariance", lambda covariance, num_samples: covariance)
+    features, labels = clouds(6, 8, apart=0.5, per_class=2000)
+    found, prototypes = held(features, labels), make_head(6, 8, 4).class_prototypes
+    samples = found.all(0, classes_alike=True)
+    coordinates = Coordinates.of_samples(found.scatters[0], samples, centred=intercept)
+    head = least_squares(samples, coordinates, class_prototypes=prototypes, intercept=intercept)
+
+    rows = coordinates.of(features).double().numpy()
+    rows = np.hstack([rows, np.ones((len(rows), 1))]) if intercept else rows
+    root = np.sqrt(1.0 / np.bincount(labels.numpy())[labels.numpy()])[:, None]
+    expected = np.linalg.lstsq(root * rows, root * prototypes.double().numpy()[labels.numpy()], rcond=None)[0].T
+    np.testing.assert_allclose(head.matrix.numpy(), expected[:, :8], atol=1e-3)
+    np.testing.assert_allclose(head.offset.numpy(), expected[:, 8] if intercept else np.zeros(4), atol=1e-3)
 
 
 def test_the_teacher_is_the_penalised_softmax():
@@ -260,7 +281,12 @@ def test_batches_and_their_order_do_not_matter(seed, size):
 
 @pytest.mark.parametrize(
     ("num_classes", "limit", "rows"),
-    [(6, {"BATCH_NUMBERS": 8 * 30}, 30), (6, {"BATCH_ROWS": 25}, 25), (20, {"BATCH_NUMBERS": 20 * 30}, 30)],
+    [
+        (6, {"BATCH_NUMBERS": 8 * 30}, 30),
+        (6, {"BATCH_ROWS": 25}, 25),
+        (20, {"BATCH_NUMBERS": 20 * 30}, 30),
+        (6, {"BATCH_NUMBERS": 7}, 1),
+    ],
 )
 def test_features_are_regrouped_to_bound_memory(num_classes, limit, rows, monkeypatch):
     """Eight features: with twenty classes it is the cosines that take the memory."""
@@ -272,6 +298,26 @@ def test_features_are_regrouped_to_bound_memory(num_classes, limit, rows, monkey
     sizes = [len(own) for _, own in found.all(0, classes_alike=True).batches]
     assert sum(sizes) == len(labels)
     assert rows / 2 < max(sizes) <= rows
+
+
+def test_a_likelier_head_is_better_as_long_as_no_fewer_samples_are_right():
+    present = Score(accuracy=0.5, log_loss=1.0, scale=16.0)
+    assert Score(0.5, 0.9, 16.0).is_better_than(present)
+    assert Score(0.6, 0.9, 16.0).is_better_than(present)
+    assert not Score(0.4, 0.9, 16.0).is_better_than(present)
+    assert not Score(0.6, 1.0, 16.0).is_better_than(present)
+
+
+@pytest.mark.parametrize("fit", [fit_head, partial(refit_head, iterations=2)], ids=["fit_head", "refit_head"])
+def test_a_default_device_is_not_asked_for(fit):
+    features, labels = overlapping()
+    loader = batched(features[labels > 0], labels[labels > 0])  # of one label there are no samples
+    model = nn.Sequential(make_head(6, 8, 6))
+    twin = copy.deepcopy(model)
+    fit(model, loader)
+    with torch.device("meta"):
+        fit(twin, loader)
+    assert_same_state(twin, model)
 
 
 # What moves
@@ -335,7 +381,14 @@ def test_what_is_bound_to_a_refitted_head_goes_on():
 # Where features come from
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "deit_tiny_distilled_patch16_224", "resnetv2_50"])
+@pytest.mark.parametrize(
+    "name",
+    in_front(
+        ["test_resnet", "test_vit", "deit_tiny_distilled_patch16_224", "resnetv2_50"],
+        "test_resnet",
+        "deit_tiny_distilled_patch16_224",
+    ),
+)
 def test_models_of_timm(name):
     options = {"img_size": 64} if "deit" in name else {}
     options |= {"layers": (1, 1, 1, 1), "channels": (16, 24, 32, 40)} if "v2" in name else {}
@@ -356,7 +409,7 @@ def test_models_of_timm(name):
     heads = list(get_heads(model).values())
     if len(heads) > 1:
         assert not torch.equal(heads[0].projection[0].weight, heads[1].projection[0].weight)
-        with pytest.raises(ArgumentError, match="expected a model with one head, got 2"):
+        with pytest.raises(ArgumentError, match=r"with one head, got 2, at head, head_dist\."):
             compress_head(model, loader, dim=2)
     else:
         assert reported == pytest.approx(accuracy())
@@ -404,7 +457,20 @@ def test_samples_are_regrouped_in_their_order(sizes, size):
     assert all(torch.equal(rows[:, 0].long(), own) for rows, own in batches)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fit", [refit_head, partial(compress_head, dim=3)], ids=["refit_head", "compress_head"])
+def test_fits_have_the_iterations_that_the_tables_were_made_with(fit, monkeypatch):
+    asked, descend = [], Samples.descend
+
+    def noting(self: Samples, *arguments: object, iterations: int, **options: object) -> None:
+        asked.append(iterations)
+        descend(self, *arguments, iterations=min(iterations, 2), **options)
+
+    monkeypatch.setattr(Samples, "descend", noting)
+    fit(nn.Sequential(nn.Identity(), make_head(6, 8, 6)), batched(*overlapping()))
+    assert max(asked) == 200
+
+
+@pytest.mark.parametrize("dtype", in_front([torch.bfloat16, torch.float16], torch.bfloat16))
 def test_half_precision(dtype):
     features, labels = clouds(6, 8, apart=6.0)
     model = nn.Sequential(nn.Identity(), make_head(6, 8, 6, bank="simplex")).to(dtype)
@@ -573,6 +639,18 @@ def test_labels_without_samples():
     assert float((model(features[present]).argmax(dim=1) == labels[present]).float().mean()) > 0.4
 
 
+def test_labels_without_samples_start_alike_whatever_was_drawn_before():
+    features, labels = overlapping()
+    loader = batched(features[labels < 4], labels[labels < 4])
+    models = [nn.Sequential(make_head(6, 8, 6)) for _ in range(2)]
+    for seed, model in enumerate(models):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        compress_head(model, loader, dim=3, iterations=2)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert_same_state(*models)
+
+
 # Errors
 
 ALTERNATING = torch.arange(8) % 4
@@ -702,7 +780,7 @@ def separable(projection: str = "linear+bn", width: int = 16) -> tuple[Hypersphe
     return make_head(5, width, 4, projection=projection, bank="simplex"), features, labels
 
 
-@pytest.mark.parametrize("projection", ["linear", "linear+bn"])
+@pytest.mark.parametrize("projection", in_front(["linear", "linear+bn"], "linear+bn"))
 @given(seed=SEEDS, shift=st.sampled_from([0.0, 10.0, 3000.0]), exponent=st.integers(-30, 12))
 @settings(max_examples=15)
 def test_a_refit_tells_apart_what_can_be_wherever_it_lies_or_is_refused(projection, seed, shift, exponent):

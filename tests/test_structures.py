@@ -286,8 +286,7 @@ def test_a_layer_with_two_names_is_replaced_under_both(name):
     ("name", "projection"),
     [
         *itertools.product(["test_vit", "resnetv2_18", "levit_256d"], ["linear+bn", "linear", "none"]),
-        ("volo_d1_224", "linear+bn"),
-        *(pytest.param("volo_d1_224", projection, marks=pytest.mark.slow) for projection in ("linear", "none")),
+        *(pytest.param("volo_d1_224", each, marks=pytest.mark.slow) for each in ("linear+bn", "linear", "none")),
     ],
 )
 def test_the_folded_model_ranks_as_the_head_does_and_loads(name, projection):
@@ -367,14 +366,26 @@ def test_a_head_has_no_weight(name):
         assert predict(pooled, images(name)).shape == (3, NUM_CLASSES)
 
 
+RESETTABLE = ("test_vit", "levit_128s", "volo_d1_224", "efficientvim_m1")
+COPIERS = {
+    "itself": lambda pair: pair,
+    "a copy": copy.deepcopy,
+    "a pickle": lambda pair: pickle.loads(pickle.dumps(pair)),
+}
+
+
 @pytest.mark.parametrize(
-    "name", ["test_vit", "levit_128s", pytest.param("volo_d1_224", marks=pytest.mark.slow), "efficientvim_m1"]
+    ("name", "num_classes", "copier"),
+    in_front(
+        itertools.product(RESETTABLE, [0, 7], COPIERS),
+        *(("test_vit", 7, copier) for copier in COPIERS),
+        *((name, 0, "itself") for name in ("test_vit", "levit_128s", "efficientvim_m1")),
+        ("efficientvim_m1", 7, "a pickle"),
+    ),
 )
-@pytest.mark.parametrize("num_classes", [0, 7])
-@pytest.mark.parametrize("copier", [lambda pair: pair, copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 def test_reset_classifier_retires_the_heads(name, num_classes, copier):
     model = convert_model(make(name), dim=6)
-    model, criterion, assigner = copier((model, BalancedLoss(model), DynamicAssigner(model)))
+    model, criterion, assigner = COPIERS[copier]((model, BalancedLoss(model), DynamicAssigner(model)))
     logits = model(images(name)).detach()
     criterion(logits, torch.tensor([0, 1, 2]))
     model.reset_classifier(num_classes)

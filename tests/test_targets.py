@@ -1,9 +1,11 @@
 """What every loss and the assigner ask of the targets of a batch."""
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
+from compatible import in_front
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -266,16 +268,13 @@ def test_an_assigner_is_not_fed_within_torch_func():
 # One graph
 
 
-@every_output
 @pytest.mark.parametrize(
-    "make_loss",
-    [
-        pytest.param(make, id=name, marks=[] if name in ("balanced", "cross-entropy, weighed") else pytest.mark.slow)
-        for name, make in LOSSES.items()
-    ],
+    ("name", "training_output"),
+    in_front(product(LOSSES, ["logits", "embedding"]), ("balanced", "embedding"), ("cross-entropy, weighed", "logits")),
 )
-def test_a_step_with_ignored_samples_is_one_graph(make_loss, training_output):
+def test_a_step_with_ignored_samples_is_one_graph(name, training_output):
     torch.compiler.reset()
+    make_loss = LOSSES[name]
     assigner, other = (DynamicAssigner(make_head(training_output)) for _ in range(2))
     loss = torch.compile(make_loss(assigner), fullgraph=True, backend="eager")
     output, labels = assigner.head(embeddings(4)).detach().requires_grad_(), torch.tensor([0, -100, 4, 2])

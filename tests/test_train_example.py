@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compatible import in_front
 from PIL import Image
 
 import hyperproto
@@ -86,8 +87,9 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("flags", HEADS.values(), ids=HEADS)
-def test_every_head_learns_and_leaves_a_line_that_the_documentation_explains(folder, tmp_path, flags):
+@pytest.mark.parametrize("head", in_front(HEADS, "softmax", "dl2pa from data", "recipe in fewer dimensions"))
+def test_every_head_learns_and_leaves_a_line_that_the_documentation_explains(folder, tmp_path, head):
+    flags = HEADS[head]
     result = run(folder, tmp_path / "results.jsonl", *flags, "--epochs", "10")
     assert result["top1"] >= 90.0
     page = (ROOT / "docs" / "training.md").read_text()

@@ -5,22 +5,23 @@ tensor there lies there too, and only a move to the CPU, a list or a number leav
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from compatible import in_front
+from losses import LOSSES
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hyperproto import (
-    BalancedLoss,
     DynamicAssigner,
     HypersphericalHead,
-    LongTailLoss,
     PrototypeBank,
-    PrototypeCrossEntropyLoss,
     compress_head,
     convert_model,
     describe,
@@ -152,18 +153,19 @@ def test_models_in_and_out(options, bank):
     assert_on_device(model)
 
 
-@pytest.mark.parametrize("training_output", ["logits", "embedding"])
-@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
-@pytest.mark.parametrize("momentum", [0.9, None])
 @pytest.mark.parametrize(
-    "make_loss",
-    [BalancedLoss, LongTailLoss, lambda s: LongTailLoss(s, class_counts=range(1, 7)), PrototypeCrossEntropyLoss],
-    ids=["balanced", "long tail", "long tail, global", "cross-entropy"],
+    ("loss", "momentum", "soft", "training_output"),
+    in_front(
+        product(LOSSES, [0.9, None], [False, True], ["logits", "embedding"]),
+        *((loss, 0.9, False, "logits") for loss in LOSSES),
+        *((loss, None, True, "embedding") for loss in LOSSES),
+        *((loss, 0.9, True, "logits") for loss in LOSSES),
+    ),
 )
-def test_training(make_loss, momentum, soft, training_output):
+def test_training(loss, momentum, soft, training_output):
     model = converted(training_output=training_output)
     assigner = DynamicAssigner(model, momentum=momentum)
-    criterion = make_loss(assigner).to(DEVICE)
+    criterion = LOSSES[loss](assigner).to(DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):
         for inputs, labels in loader():
@@ -198,7 +200,11 @@ def test_counts_go_there_and_come_back(momentum):
 
 
 @pytest.mark.parametrize("projection", ["linear", "linear+bn"])
-@pytest.mark.parametrize("fit", [fit_head, refit_head, fit_logit_scale])
+@pytest.mark.parametrize(
+    "fit",
+    [fit_head, partial(refit_head, iterations=3), fit_logit_scale],
+    ids=["fit_head", "refit_head", "fit_logit_scale"],
+)
 def test_fits(fit, projection):
     model = converted(projection=projection, dim=5)
     fit(model, loader())
@@ -207,7 +213,7 @@ def test_fits(fit, projection):
 
 def test_compression():
     model = converted(dim=5)
-    compress_head(model, loader(), dim=3)
+    compress_head(model, loader(), dim=3, iterations=3)
     assert_on_device(model)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compatible import in_front
 from hypothesis import HealthCheck, given, settings
 from torch import nn
 
@@ -293,7 +294,16 @@ def variants(value: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize(("name", "argument"), [(name, each) for name, make in CALLS.items() for each in make()[1]])
+ARGUMENTS = {name: list(make()[1]) for name, make in CALLS.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    in_front(
+        [(name, each) for name, arguments in ARGUMENTS.items() for each in arguments],
+        *((name, arguments[0]) for name, arguments in ARGUMENTS.items() if arguments),
+    ),
+)
 def test_wrong_kinds_of_value_are_taken_or_refused_in_words(name, argument):
     taken, raw = set(), {}
     right = CALLS[name]()[1][argument]

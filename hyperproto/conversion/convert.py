@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -128,10 +129,54 @@ def convert_model(
             )
         _convert_like(model, read_state(like), training_output, names)
     else:
-        _convert(model, dim, num_classes, bank, classifier, projection, training_output, warm_start, seed, names)
+        wanted = _Wanted(
+            training_output=training_output,
+            class_names=names,
+            classifier=classifier,
+            dim=dim,
+            num_classes=num_classes,
+            bank=bank,
+            projection=projection,
+            warm_start=warm_start,
+            seed=seed,
+        )
+        _convert(model, wanted)
     if logger.isEnabledFor(logging.INFO):
         logger.info("%s", describe(model))
     return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    """What one conversion is asked for: the arguments of `convert_model`, or what a checkpoint says in their place."""
+
+    training_output: TrainingOutput
+    class_names: tuple[str, ...] | None
+    classifier: str | None = None
+    dim: int | None = None
+    num_classes: int | None = None
+    bank: str | PrototypeBank = "auto"
+    projection: Projection = "auto"
+    warm_start: bool = False
+    seed: int = 0
+    task: Task | None = None
+
+    def checked(self) -> _Wanted:
+        """The same with numbers of Python's own.
+
+        Raises:
+            ArgumentError: of another kind or out of range.
+        """
+        if self.classifier is not None and not isinstance(self.classifier, str):
+            raise ArgumentError(f"expected classifier to be the dotted name of a layer, got {shown(self.classifier)}.")
+        count = self.num_classes
+        return replace(
+            self,
+            dim=None if self.dim is None else whole_number(self.dim, "dim"),
+            num_classes=None if count is None else whole_number(count, "num_classes", smallest=2),
+            warm_start=flag(self.warm_start, "warm_start"),
+            seed=seed_number(self.seed),
+        )
 
 
 def _convert_like(
@@ -143,82 +188,47 @@ def _convert_like(
         _check_no_head_at(model, others, None)
     try:
         for task in find_tasks(model, state):
-            first = task.first
-            _convert(
-                model,
-                None,
-                first.num_classes,
-                task.build_bank(),
-                task.classifier,
-                first.projection,
-                training_output,
-                False,
-                0,
-                class_names,
-                task,
+            wanted = _Wanted(
+                training_output=training_output,
+                class_names=class_names,
+                classifier=task.classifier,
+                num_classes=task.first.num_classes,
+                bank=task.build_bank(),
+                projection=task.first.projection,
+                task=task,
             )
+            _convert(model, wanted)
     except BaseException:
         if RECORD in model.__dict__:
             restore_model(model)
         raise
 
 
-def _convert(
-    model: nn.Module,
-    dim: int | None,
-    num_classes: int | None,
-    bank: str | PrototypeBank,
-    classifier: str | None,
-    projection: Projection,
-    training_output: TrainingOutput,
-    warm_start: bool,
-    seed: int,
-    class_names: tuple[str, ...] | None,
-    task: Task | None = None,
-) -> None:
+def _convert(model: nn.Module, wanted: _Wanted) -> None:
+    wanted = wanted.checked()
     others = get_heads(model)
-    if classifier is not None and not isinstance(classifier, str):
-        raise ArgumentError(f"expected classifier to be the dotted name of a layer, got {shown(classifier)}.")
-    warm_start = flag(warm_start, "warm_start")
-    _check_no_head_at(model, others, classifier)
+    _check_no_head_at(model, others, wanted.classifier)
     check_unwrapped(model)
-    dim = None if dim is None else whole_number(dim, "dim")
-    num_classes = None if num_classes is None else whole_number(num_classes, "num_classes", smallest=2)
-    seed = seed_number(seed)
     before = Snapshot(model)
-    num_parameters = count_parameters(model)
+    record = Conversion({}, count_parameters(model))
     with before.undo_on_error():
-        notes = build_missing_classifier(model, num_classes, seed) if classifier is None else []
-        if notes and warm_start:
-            raise ArgumentError("a warm start needs a trained classifier; this model was made without one.")
-        leaves = find_classifiers(model, classifier)
-        if "" in leaves:
-            raise ArgumentError("a bare layer cannot be replaced in place: use HypersphericalHead itself.")
-        dropped, more = drop_token_head(model, leaves)
-        leaves = {name: leaf for name, leaf in leaves.items() if name not in dropped}
-        if task is not None:
-            task.check_widths({name: num_inputs(leaf) for name, leaf in leaves.items()})
-        if warm_start:
-            bank = _bank_of_warm_start(leaves, dim, num_classes, bank)
-        heads = _build_heads(leaves, dim, num_classes, bank, projection, training_output, seed)
-        for head in heads.values():
-            check_number_of_names(class_names, head.num_classes)
-            head.class_names = class_names
-        if warm_start:
-            more += _warm_start(heads, leaves)
-        record = Conversion({}, num_parameters, dropped=dict(dropped), notes=notes + more)
-        found = classifier is None or classifier in known_names(model)
-        _put_in(model, leaves, heads, record, seed)
-        if task is not None:
-            task.check_names(list(record.leaves))
-            for name, head in zip(record.leaves, heads.values(), strict=True):
-                head.load_state_dict(task.own_entries(name), strict=False)
+        leaves = _find_leaves(model, wanted, record)
+        heads = _build_heads(leaves, wanted)
+        if wanted.warm_start:
+            record.notes += _warm_start(heads, leaves)
+        found = wanted.classifier is None or wanted.classifier in known_names(model)
+        _put_in(model, leaves, heads, record, wanted.seed)
+        in_place = dict(zip(record.leaves, heads.values(), strict=True))
+        if wanted.task is not None:
+            wanted.task.check_names(list(in_place))
+            for name, head in in_place.items():
+                head.load_state_dict(wanted.task.own_entries(name), strict=False)
         if not others:
             count = next(iter(heads.values())).num_classes
-            set_num_classes(model, list(record.leaves), count)
+            set_num_classes(model, list(in_place), count)
             set_num_labels(model, count)
             name_architecture(model)
-        check_reach(model, dict(zip(record.leaves, heads.values(), strict=True)), found=found)
+        check_reach(model, in_place, found=found)
         record.num_parameters_after = count_parameters(model)
         record.changes = before.changes()
         record.requires_grad = before.changed_flags()
@@ -228,6 +238,23 @@ def _convert(
         else:
             record.add_earlier(earlier)
         model.__dict__[RECORD] = record
+
+
+def _find_leaves(model: nn.Module, wanted: _Wanted, record: Conversion) -> dict[str, Leaf]:
+    """The layers that heads are going to stand for; builds and takes out what the structure asks for."""
+    if wanted.classifier is None:
+        record.notes += build_missing_classifier(model, wanted.num_classes, wanted.seed)
+    if record.notes and wanted.warm_start:
+        raise ArgumentError("a warm start needs a trained classifier; this model was made without one.")
+    leaves = find_classifiers(model, wanted.classifier)
+    if "" in leaves:
+        raise ArgumentError("a bare layer cannot be replaced in place: use HypersphericalHead itself.")
+    dropped, notes = drop_token_head(model, leaves)
+    record.dropped, record.notes = dict(dropped), record.notes + notes
+    leaves = {name: leaf for name, leaf in leaves.items() if name not in dropped}
+    if wanted.task is not None:
+        wanted.task.check_widths({name: num_inputs(leaf) for name, leaf in leaves.items()})
+    return leaves
 
 
 def _check_no_head_at(model: nn.Module, heads: dict[str, HypersphericalHead], classifier: str | None) -> None:
@@ -245,18 +272,12 @@ def _overlap(name: str, other: str) -> bool:
     return f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}.")
 
 
-def _build_heads(
-    leaves: dict[str, Leaf],
-    dim: int | None,
-    num_classes: int | None,
-    bank: str | PrototypeBank,
-    projection: Projection,
-    training_output: TrainingOutput,
-    seed: int,
-) -> dict[str, HypersphericalHead]:
+def _build_heads(leaves: dict[str, Leaf], wanted: _Wanted) -> dict[str, HypersphericalHead]:
     """A head for each leaf, where and in the dtype and mode that the leaf is; all share the first one's bank."""
+    dim, num_classes = wanted.dim, wanted.num_classes
     if num_classes is None:
         num_classes = num_outputs(next(iter(leaves.values())))
+    bank = _bank_of_warm_start(leaves, dim, num_classes, wanted.bank) if wanted.warm_start else wanted.bank
     if dim is None and isinstance(bank, str):
         dim = min(num_inputs(leaf) for leaf in leaves.values())
     heads: dict[str, HypersphericalHead] = {}
@@ -267,10 +288,12 @@ def _build_heads(
             num_classes,
             dim=dim,
             bank=bank,
-            projection=projection,
-            training_output=training_output,
-            seed=seed + index,
+            projection=wanted.projection,
+            training_output=wanted.training_output,
+            seed=wanted.seed + index,
         )
+        check_number_of_names(wanted.class_names, num_classes)
+        head.class_names = wanted.class_names
         # One object for all heads of a model, which a bank that is in use already would not be.
         head.bank = bank = next(iter(heads.values()), head).bank
         heads[name] = head
@@ -284,13 +307,12 @@ def _build_heads(
 
 
 def _bank_of_warm_start(
-    leaves: dict[str, Leaf], dim: int | None, num_classes: int | None, bank: str | PrototypeBank
+    leaves: dict[str, Leaf], dim: int | None, num_classes: int, bank: str | PrototypeBank
 ) -> str | PrototypeBank:
     """Where "auto" would make prototypes that the classifier does not fit on, those of its own class vectors."""
-    first = next(iter(leaves.values()))
-    num_classes = num_outputs(first) if num_classes is None else num_classes
     if not (isinstance(bank, str) and bank == "auto") or dim is None or dim >= num_classes - 1:
         return bank
+    first = next(iter(leaves.values()))
     return PrototypeBank.from_class_vectors(centred_weights(first, num_classes, num_inputs(first))[0], dim)
 
 

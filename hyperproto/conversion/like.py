@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperproto.bank import PrototypeBank
+from hyperproto.checkpoint import prefix_of
 from hyperproto.conversion.locate import is_leaf, known_names
 from hyperproto.conversion.stored import State, head_names
 from hyperproto.errors import CheckpointError
@@ -76,7 +77,7 @@ class Task:
 
     def own_entries(self, name: str) -> dict[str, Tensor]:
         """Assignment and scale of the head of that name, by the names that a head has for them."""
-        start = f"{name}."
+        start = prefix_of(name)
         entries = {key.removeprefix(start): value for key, value in self.state.items() if key.startswith(start)}
         return {key: value for key, value in entries.items() if "." not in key}
 
@@ -131,13 +132,10 @@ def find_tasks(model: nn.Module, state: State) -> list[Task]:
 
 
 def _read_head(state: State, name: str) -> StoredHead:
-    start = f"{name}." if name else ""
-    assignment = state[f"{start}assignment"]
-    layers = {
-        key.removeprefix(f"{start}projection."): value
-        for key, value in state.items()
-        if key.startswith(f"{start}projection.")
-    }
+    start = prefix_of(name)
+    assignment = state[start + "assignment"]
+    inside = start + "projection."
+    layers = {key.removeprefix(inside): value for key, value in state.items() if key.startswith(inside)}
     kind = PROJECTIONS.get(frozenset(layers))
     if kind is None:
         raise CheckpointError(
@@ -165,16 +163,15 @@ def _read_head(state: State, name: str) -> StoredHead:
 
 def _bank_of(state: State, name: str) -> str:
     """The entry with a head's prototypes: its own, or that of the head which shares its bank."""
-    own = f"{name}.bank.prototypes" if name else "bank.prototypes"
+    own, assignment = (prefix_of(name) + entry for entry in ("bank.prototypes", "assignment"))
     if own in state:
         return own
-    start = f"{name}." if name else ""
     # Heads of one model that share a bank share their assignment.
     others = [
-        f"{other}.bank.prototypes"
-        for other in head_names(state)
-        if f"{other}.bank.prototypes" in state
-        and torch.equal(state[f"{other}.assignment"].cpu(), state[f"{start}assignment"].cpu())
+        f"{other}bank.prototypes"
+        for other in map(prefix_of, head_names(state))
+        if f"{other}bank.prototypes" in state
+        and torch.equal(state[f"{other}assignment"].cpu(), state[assignment].cpu())
     ]
     if len(others) != 1:
         raise CheckpointError(
@@ -186,7 +183,8 @@ def _bank_of(state: State, name: str) -> str:
 
 def _check_shared(state: State, first: StoredHead, other: StoredHead) -> None:
     """Raise unless two heads, of a model that combines several, have one bank and one assignment."""
-    pairs = [(f"{first.name}.assignment", f"{other.name}.assignment"), (first.prototypes, other.prototypes)]
+    assignments = (prefix_of(first.name) + "assignment", prefix_of(other.name) + "assignment")
+    pairs = [assignments, (first.prototypes, other.prototypes)]
     for one, two in pairs:
         if not torch.equal(state[one].cpu(), state[two].cpu()):
             raise CheckpointError(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from hyperproto.checkpoint import loading_under_way
+from hyperproto.checkpoint import loading_under_way, prefix_of
 from hyperproto.heads import get_heads
 from hyperproto.running_means import RunningMeans
 
@@ -28,8 +28,8 @@ def guard_loading(model: nn.Module) -> RemovableHandle:
 # On module level, so that converted models can be pickled.
 def _check_parts(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
     for name, head in get_heads(model).items():
-        head.check_checkpoint(state_dict, f"{prefix}{name}.")
+        head.check_checkpoint(state_dict, prefix + prefix_of(name))
     root, whole = loading_under_way() or (model, state_dict)
     for name, module in root.named_modules(remove_duplicate=False):
         if isinstance(module, RunningMeans):
-            module.check_checkpoint(whole, f"{name}.")
+            module.check_checkpoint(whole, prefix_of(name))

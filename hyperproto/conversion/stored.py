@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hyperproto.arguments import shown
+from hyperproto.checkpoint import prefix_of
 from hyperproto.errors import ArgumentError, CheckpointError
 
 State: TypeAlias = Mapping[str, Tensor]
@@ -62,7 +63,7 @@ def read_state(state_or_path: State | str | os.PathLike[str]) -> dict[str, Tenso
     for prefix in WRAPPED * 2:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
-    heads = tuple(f"{name}." if name else "" for name in head_names(state))
+    heads = tuple(map(prefix_of, head_names(state)))
     for name, value in state.items():
         if name.startswith(heads):
             _check_size(name, value)

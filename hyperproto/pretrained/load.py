@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hyperproto.arguments import module
+from hyperproto.checkpoint import prefix_of
 from hyperproto.codebook import ASSIGNER, TrainingOutput
 from hyperproto.conversion.convert import convert_model
 from hyperproto.conversion.restore import restore_model
@@ -73,7 +74,7 @@ def _in_own_names(model: Any, state: State) -> State:
     """The entries by the names that a model has for them: transformers writes some otherwise, and reads them back."""
     if not (hasattr(model, "from_pretrained") and hasattr(model, "config")):
         return state
-    heads = tuple(f"{name}." for name in head_names(state))
+    heads = tuple(map(prefix_of, head_names(state)))
     if all(name in state for name in model.state_dict() if not name.startswith(heads)):
         return state
     try:
@@ -99,10 +100,11 @@ def _check_entries(model: nn.Module, state: State) -> None:
     """
     own = model.state_dict()
     # Of these the heads see to themselves: earlier formats lack some, or have one for each head that shares a bank.
-    of_heads = {f"{name}.{key}" for name in get_heads(model) for key in ("assignment_record", "format_version")}
-    banks = {f"{name}.bank.prototypes" for name in get_heads(model)}
+    heads = tuple(map(prefix_of, get_heads(model)))
+    of_heads = {head + key for head in heads for key in ("assignment_record", "format_version")}
+    banks = {head + "bank.prototypes" for head in heads}
     missing = own.keys() - state.keys() - of_heads - banks
-    assigners = tuple(f"{name}.{ASSIGNER}" for name in get_heads(model))
+    assigners = tuple(head + ASSIGNER for head in heads)
     unexpected = {name for name in state.keys() - own.keys() - banks if not name.startswith(assigners)}
     shapes = [
         f"{name} {tuple(state[name].shape)} for {tuple(value.shape)}"
