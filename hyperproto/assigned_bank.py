@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from hyperproto.arguments import as_tensor
-from hyperproto.assignment_record import count_of, is_of_another, next_count, read_assignment, record_of
+from hyperproto.assignment_record import (
+    NUM_EXTRA,
+    count_of,
+    is_average_with,
+    is_of_another,
+    next_count,
+    read_assignment,
+    record_of,
+)
 from hyperproto.bank import PrototypeBank
 from hyperproto.checkpoint import check_format, format_version, stamp_format_
 from hyperproto.errors import AssignmentError, BankError
@@ -29,6 +38,19 @@ ADVICE = (
     "before each evaluation, averaged_head.assign_(head.assignment), or average in one of the ways that copy buffers: "
     "timm's ModelEmaV3, torch's AveragedModel(use_buffers=False)."
 )
+
+
+@dataclass(frozen=True)
+class _LastSet:
+    """What was last set in a head by `assign_`, by loading or by putting it right.
+
+    Attributes:
+        writes: the buffers, and how often each had been written then.
+        record: of the assignment, as `record_of` makes it, on the CPU.
+    """
+
+    writes: tuple[tuple[int, int], ...] = ()
+    record: Tensor | None = None
 
 
 class AssignedBank(nn.Module):
@@ -68,6 +90,7 @@ class AssignedBank(nn.Module):
         self.bank.in_use = True
         #: The buffers, and how often each had been written, when they were last looked at in eval mode.
         self._seen: tuple[tuple[int, int], ...] = ()
+        self._last_set = _LastSet()
         start = torch.arange(num_classes, device="cpu")
         #: Whether it was made or moved to where nothing has values, and no checkpoint has been loaded since.
         self._awaits_values = False
@@ -142,6 +165,8 @@ class AssignedBank(nn.Module):
             state_dict[prefix + "assignment_record"] = record_of(assignment, count).to(self.assignment_record.dtype)
         stamp_format_(state_dict, prefix, count)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if assignment is not None:
+            self._last_set = _LastSet(writes_of(self._entries()), record_of(assignment, count))
 
     def _count(self, assignment: Tensor | None) -> int:
         """How often an assignment was set, once this one (C,) is set, or none; 1 where there were no values."""
@@ -186,7 +211,13 @@ class AssignedBank(nn.Module):
         try:
             found = read_assignment(assignment, record, stamp, self.num_classes, self.bank.num_prototypes)
         except AssignmentError as error:
-            raise AssignmentError(f"the buffer `assignment` was written from outside: {error} {ADVICE}") from error
+            # An average that takes the model's place for an evaluation, as Lightning's callbacks let it, comes through
+            # `.data`, which counts no writes. What was set here last is then the newest that is in it.
+            newest = self._last_set.record if self._last_set.writes == writes_of(entries) else None
+            if newest is None or not is_average_with(newest, record, self.bank.num_prototypes):
+                raise AssignmentError(f"the buffer `assignment` was written from outside: {error} {ADVICE}") from error
+            self._write(newest[:-NUM_EXTRA].long(), int(newest[-1]))
+            return
         count = count_of(record, stamp) + int(is_of_another(record, found))
         if not torch.equal(found, assignment) or not torch.equal(record, record_of(found, count).to(record.dtype)):
             self._write(found, count)
@@ -198,11 +229,12 @@ class AssignedBank(nn.Module):
             self._seen = writes_of(entries)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_seen": ()}  # of these tensors, not of a copy's
+        return {**self.__dict__, "_seen": (), "_last_set": _LastSet()}  # of these tensors, not of a copy's
 
     @torch.no_grad()
     def _write(self, assignment: Tensor, count: int) -> None:
-        values = (assignment, record_of(assignment, count), format_version(count))
-        for entry, value in zip(self._entries(), values, strict=True):
+        entries, record = self._entries(), record_of(assignment, count)
+        for entry, value in zip(entries, (assignment, record, format_version(count)), strict=True):
             entry.copy_(value)
         self._note_seen()
+        self._last_set = _LastSet(self._seen, record)

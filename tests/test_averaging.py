@@ -247,6 +247,70 @@ def test_no_average_over_two_assignments_is_an_assignment(data, num_classes, spa
             head(torch.randn(1, 2))
 
 
+# Averages that take the model's place for an evaluation, as Lightning's callbacks let them
+
+
+def swap(model: nn.Module, averaged: AveragedModel) -> None:
+    """Exchange all values through `.data`, which leaves no trace."""
+    for own, other in zip(
+        model.state_dict(keep_vars=True).values(), averaged.module.state_dict().values(), strict=True
+    ):
+        kept = own.data.clone()
+        own.data.copy_(other)
+        other.copy_(kept)
+
+
+@given(
+    moves=st.lists(st.tuples(st.permutations(range(NUM_CLASSES)), st.integers(1, 3)), max_size=5),
+    decay=st.floats(0, 0.9999),
+)
+def test_an_average_in_the_models_place_has_the_models_newest_assignment(moves, decay):
+    model, batch = small(), torch.randn(4, 5)
+    averaged = over_buffers(decay)(model)
+    for order, num_updates in [*moves, (None, 1)]:
+        for _ in range(num_updates):
+            averaged.update_parameters(model)
+        newest, weight = model[2].assignment.clone(), averaged.module[2].projection[0].weight.clone()
+        swap(model, averaged)
+        model.eval()(batch)
+        assert torch.equal(model[2].assignment, newest)
+        assert torch.equal(model[2].projection[0].weight, weight)
+        swap(model, averaged)
+        assert torch.equal(model.train()[2].assignment, newest)
+        assert torch.equal(averaged.module[2].assignment, newest)  # the average has been put right
+        if order is not None:
+            model[2].assign_(torch.tensor(order))
+
+
+def test_after_a_run_was_resumed_too():
+    model, averaged = changed(over_buffers(0.5), 0, MOVES["all labels"])
+    again = small()
+    again.load_state_dict(model.state_dict())
+    swap(again, averaged)
+    again.eval()(torch.randn(4, 5))
+    assert torch.equal(again[2].assignment, MOVES["all labels"])
+
+
+@pytest.mark.parametrize("how", ["of a later assignment", "copied", "into other buffers", "in a copy", "not finite"])
+def test_other_blends_in_the_models_place_are_refused(how):
+    model, averaged = changed(over_buffers(0.5), 0, MOVES["all labels"])
+    if how == "of a later assignment":  # the model went back, and its average did not
+        model.load_state_dict(small().state_dict())
+    if how == "in a copy":
+        model = copy.deepcopy(model)
+    if how == "into other buffers":
+        model[2].assignment = model[2].assignment.clone()
+    if how == "copied":
+        for own, other in zip(model.state_dict().values(), averaged.module.state_dict().values(), strict=True):
+            own.copy_(other)
+    else:
+        swap(model, averaged)
+    if how == "not finite":
+        model[2].assignment_record.data[0] = torch.nan
+    with pytest.raises(AssignmentError, match="average over different assignments"):
+        model.eval()(torch.randn(4, 5))
+
+
 # Written by hand
 
 
