@@ -190,11 +190,13 @@ def test_adaptive_clipping_leaves_the_projection_out_and_nothing_else(projection
     assert len(timm.models.model_parameters(plain, exclude_head=True)) == len(list(plain.parameters())) - 2
 
 
+@needs("tasks that clip", timm="1.0.27")
 def test_adaptive_clipping_of_a_task_leaves_the_projection_out():
-    task = pytest.importorskip("timm.task", reason="timm's scripts train tasks since 1.0.23").ClassificationTask
+    from timm.task import ClassificationTask
+
     model = converted()
     spared = {id(parameter) for parameter in head_of(model).parameters()}
-    found = task(model, torch.nn.CrossEntropyLoss()).get_clip_parameters(exclude_head=True)
+    found = ClassificationTask(model, torch.nn.CrossEntropyLoss()).get_clip_parameters(exclude_head=True)
     assert {id(parameter) for parameter in found} == {id(parameter) for parameter in model.parameters()} - spared
 
 
@@ -289,10 +291,10 @@ def test_a_task_feeds_its_assigner_and_steps():
 
 @has_tasks
 def test_a_task_is_as_timms_own_but_for_the_assigner():
-    import timm.task
+    from timm.task import ClassificationTask
 
     model = converted()
-    own, plain = task_of(copy.deepcopy(model)), timm.task.ClassificationTask(model, torch.nn.CrossEntropyLoss())
+    own, plain = task_of(copy.deepcopy(model)), ClassificationTask(model, torch.nn.CrossEntropyLoss())
     batch, labels = separate()[0]
     soft = torch.full((len(labels), NUM_CLASSES), 0.1).scatter(1, labels[:, None], 0.5)
     for target in (labels, soft):
