@@ -91,6 +91,8 @@ class AssignedBank(nn.Module):
         #: The buffers, and how often each had been written, when they were last looked at in eval mode.
         self._seen: tuple[tuple[int, int], ...] = ()
         self._last_set = _LastSet()
+        #: What was wrong with the buffers when the model was put into eval mode.
+        self._trouble = ""
         start = torch.arange(num_classes, device="cpu")
         #: Whether it was made or moved to where nothing has values, and no checkpoint has been loaded since.
         self._awaits_values = False
@@ -120,9 +122,18 @@ class AssignedBank(nn.Module):
         self._write(assignment, self._count(assignment))
 
     def train(self, mode: bool = True) -> AssignedBank:
-        """As of any module. The buffers are looked at once more at the next evaluation: some writes leave no trace."""
-        self._seen = ()
-        return super().train(mode)
+        """As of any module. The buffers are looked at once more for the next evaluation: some writes leave no trace.
+
+        Here where that is by a graph, which cannot look; what is wrong is raised when one is made, or called.
+        """
+        self._seen, self._trouble = (), ""
+        super().train(mode)
+        if not (mode or self._awaits_values):
+            try:
+                self._look()
+            except AssignmentError as error:
+                self._trouble = str(error)
+        return self
 
     def check_checkpoint(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Raise unless this head can load what a `state_dict` holds for it under a prefix; changes nothing.
@@ -166,7 +177,7 @@ class AssignedBank(nn.Module):
         stamp_format_(state_dict, prefix, count)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if assignment is not None:
-            self._last_set = _LastSet(writes_of(self._entries()), record_of(assignment, count))
+            self._last_set, self._trouble = _LastSet(writes_of(self._entries()), record_of(assignment, count)), ""
 
     def _count(self, assignment: Tensor | None) -> int:
         """How often an assignment was set, once this one (C,) is set, or none; 1 where there were no values."""
@@ -199,7 +210,11 @@ class AssignedBank(nn.Module):
         Raises:
             AssignmentError: they are an average over different assignments, or hold none.
         """
-        if (self.training and torch.is_grad_enabled() and not in_training) or makes_graph():
+        if makes_graph():
+            if self._trouble and not self.training:
+                raise AssignmentError(self._trouble)
+            return
+        if self.training and torch.is_grad_enabled() and not in_training:
             return
         entries = self._entries()
         # Other classes of tensors may have no values to look at, and tensors made in inference mode count no writes.
@@ -224,6 +239,7 @@ class AssignedBank(nn.Module):
         self._note_seen()
 
     def _note_seen(self) -> None:
+        self._trouble = ""
         entries = self._entries()
         if not any(each.is_inference() for each in entries):
             self._seen = writes_of(entries)

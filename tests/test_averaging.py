@@ -311,6 +311,63 @@ def test_other_blends_in_the_models_place_are_refused(how):
         model.eval()(torch.randn(4, 5))
 
 
+# Graphs, which cannot look: `eval()` does, and what it could not put right is not compiled
+
+
+def graphs_of(model: nn.Module, batch: Tensor) -> dict[str, Callable[[], Tensor]]:
+    return {
+        "compiled": lambda: torch.compile(model, backend="aot_eager")(batch),
+        "compiled as one graph": lambda: torch.compile(model, backend="aot_eager", fullgraph=True)(batch),
+        "exported": lambda: torch.export.export(model, (batch,)).module()(batch),
+        "traced": lambda: torch.jit.trace(model, (batch,), check_trace=False)(batch),
+    }
+
+
+deprecated = pytest.mark.filterwarnings("ignore:.torch.jit.trace.* is deprecated")
+GRAPHS = list(graphs_of(nn.Identity(), torch.zeros(1)))
+
+
+@deprecated
+@pytest.mark.parametrize("graph", GRAPHS)
+@torch.no_grad()
+def test_graphs_of_an_average_over_one_assignment_have_it(graph):
+    model, batch = small(), torch.randn(4, 5)
+    model[2].assign_(MOVES["all labels"])
+    averaged = AveragedModel(model, avg_fn=lambda a, b, _: lerp(a, b, 0.9), use_buffers=True)
+    for _ in range(3):
+        averaged.update_parameters(model)
+        logits = graphs_of(averaged.module.eval(), batch)[graph]()
+        torch.testing.assert_close(logits, model.eval()(batch), atol=1e-4, rtol=0.0)
+
+
+@deprecated
+@pytest.mark.parametrize("graph", GRAPHS)
+@torch.no_grad()
+def test_no_graph_is_made_of_an_average_over_different_assignments(graph):
+    model, averaged = changed(over_buffers(0.5), 0, MOVES["all labels"])
+    batch = torch.randn(4, 5)
+    graph_of = graphs_of(averaged.module.eval(), batch)[graph]
+    with pytest.raises((AssignmentError, torch._dynamo.exc.TorchDynamoException), match="average over different"):
+        graph_of()
+    averaged.module[2].assign_(model[2].assignment)  # the cure, whether before eval() or behind it
+    torch.testing.assert_close(graph_of(), averaged.module(batch), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_graph_that_there_is_runs_no_more_once_its_average_is_over_different_assignments():
+    model, batch = small(), torch.randn(4, 5)
+    averaged = over_buffers(0.5)(model)
+    averaged.update_parameters(model)
+    compiled = torch.compile(averaged.module, backend="aot_eager")
+    torch.testing.assert_close(compiled.eval()(batch), model.eval()(batch))
+    model[2].assign_(MOVES["all labels"])
+    averaged.update_parameters(model)
+    with pytest.raises(AssignmentError, match="average over different"):
+        compiled.eval()(batch)
+    averaged.module.load_state_dict(model.state_dict())
+    torch.testing.assert_close(compiled(batch), model.eval()(batch))
+
+
 # Written by hand
 
 
@@ -406,9 +463,12 @@ def test_evaluation_in_inference_mode_and_in_ensembles_goes_on():
 
 
 def test_averaging_moves_nothing_but_what_it_averages():
-    model, averaged = changed(Timm, 0, MOVES["all labels"])
+    averaged = Timm(model := small())
+    averaged.update_parameters(model)
+    model[2].assign_(MOVES["all labels"])
+    averaged.update_parameters(model)
     before = {name: value.clone() for name, value in averaged.module.state_dict().items()}
-    averaged.module(torch.randn(4, 5))
+    averaged.eval().module(torch.randn(4, 5))
     after = averaged.module.state_dict()
     assert {name for name, value in after.items() if not torch.equal(value, before[name])} == {"2.assignment_record"}
     assert torch.equal(after["2.assignment_record"], model.state_dict()["2.assignment_record"])
