@@ -124,7 +124,7 @@ class AssignedBank(nn.Module):
     def train(self, mode: bool = True) -> AssignedBank:
         """As of any module. The buffers are looked at once more for the next evaluation: some writes leave no trace.
 
-        Here where that is by a graph, which cannot look; what is wrong is raised when one is made, or called.
+        And here too, for graphs, which cannot look: what is wrong is raised when one is made, or called.
         """
         self._seen, self._trouble = (), ""
         super().train(mode)
@@ -133,6 +133,7 @@ class AssignedBank(nn.Module):
                 self._look()
             except AssignmentError as error:
                 self._trouble = str(error)
+            self._seen = ()
         return self
 
     def check_checkpoint(self, state_dict: Mapping[str, Any], prefix: str) -> None:
