@@ -27,9 +27,8 @@ Examples:
     ['hp_test_resnet']
 """
 
+from importlib.metadata import version
 from importlib.util import find_spec
-
-from timm import __version__
 
 from hyperproto.timm.clipping import spare_projections
 from hyperproto.timm.names import know_names
@@ -43,5 +42,8 @@ else:
 
     def __getattr__(name: str) -> object:
         if name == "PrototypeTask":
-            raise ImportError(f"PrototypeTask is one of timm's tasks, which timm {__version__} lacks: timm >= 1.0.23.")
+            raise ImportError(
+                f"PrototypeTask needs timm >= 1.0.23, which has tasks; this is timm {version('timm')}. "
+                "pip install --upgrade timm."
+            )
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
