@@ -202,8 +202,8 @@ class AssignedBank(nn.Module):
     def _look(self, *, in_training: bool = False) -> None:
         """Let the three entries of the assignment say the same again, where something else has written to them.
 
-        Waits for a GPU, but only in eval() and once after it or a write, and in evaluation only: in training buffers may
-        be written at every step (DistributedDataParallel broadcasts them), and a graph cannot raise by value.
+        Waits for a GPU, but only in eval() and once after it or a write, and in evaluation only: in training buffers
+        may be written at every step (DistributedDataParallel broadcasts them), and a graph cannot raise by value.
 
         Args:
             in_training: look in train mode too, as reading by hand does.
