@@ -59,7 +59,7 @@ def oldest(session: nox.Session) -> None:
 def newest(session: nox.Session) -> None:
     """The fast suite with the newest versions that this Python gets; on one Python, everything else as well."""
     thorough = session.python == THOROUGH
-    with environment(session, "-e", ".[test,examples,docs,exporters]" if thorough else ".[test,examples]"):
+    with environment(session, "-e", ".[test,examples,docs,exporters,frameworks]" if thorough else ".[test,examples]"):
         if thorough:
             with part(session, "ruff and mypy"):
                 session.run("ruff", "check", ".")

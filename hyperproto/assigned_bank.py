@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from hyperproto.arguments import as_tensor
-from hyperproto.assignment_record import count_of, is_of_another, next_count, read_assignment, record_of
+from hyperproto.assignment_record import (
+    NUM_EXTRA,
+    count_of,
+    is_average_with,
+    is_of_another,
+    next_count,
+    read_assignment,
+    record_of,
+)
 from hyperproto.bank import PrototypeBank
 from hyperproto.checkpoint import check_format, format_version, stamp_format_
 from hyperproto.errors import AssignmentError, BankError
@@ -29,6 +38,19 @@ ADVICE = (
     "before each evaluation, averaged_head.assign_(head.assignment), or average in one of the ways that copy buffers: "
     "timm's ModelEmaV3, torch's AveragedModel(use_buffers=False)."
 )
+
+
+@dataclass(frozen=True)
+class _LastSet:
+    """What was last set in a head by `assign_`, by loading or by putting it right.
+
+    Attributes:
+        writes: the buffers, and how often each had been written then.
+        record: of the assignment, as `record_of` makes it, on the CPU.
+    """
+
+    writes: tuple[tuple[int, int], ...] = ()
+    record: Tensor | None = None
 
 
 class AssignedBank(nn.Module):
@@ -68,6 +90,9 @@ class AssignedBank(nn.Module):
         self.bank.in_use = True
         #: The buffers, and how often each had been written, when they were last looked at in eval mode.
         self._seen: tuple[tuple[int, int], ...] = ()
+        self._last_set = _LastSet()
+        #: What was wrong with the buffers when the model was put into eval mode.
+        self._trouble = ""
         start = torch.arange(num_classes, device="cpu")
         #: Whether it was made or moved to where nothing has values, and no checkpoint has been loaded since.
         self._awaits_values = torch.get_default_device().type == "meta"
@@ -99,9 +124,19 @@ class AssignedBank(nn.Module):
         self._write(assignment, self._count(assignment))
 
     def train(self, mode: bool = True) -> AssignedBank:
-        """As of any module. The buffers are looked at once more at the next evaluation: some writes leave no trace."""
-        self._seen = ()
-        return super().train(mode)
+        """As of any module. The buffers are looked at once more for the next evaluation: some writes leave no trace.
+
+        And here too, for graphs, which cannot look: what is wrong is raised when one is made, or called.
+        """
+        self._seen, self._trouble = (), ""
+        super().train(mode)
+        if not (mode or self._awaits_values):
+            try:
+                self._look()
+            except AssignmentError as error:
+                self._trouble = str(error)
+            self._seen = ()
+        return self
 
     def check_checkpoint(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Raise unless this head can load what a `state_dict` holds for it under a prefix; changes nothing.
@@ -144,6 +179,8 @@ class AssignedBank(nn.Module):
             state_dict[prefix + "assignment_record"] = record_of(assignment, count).to(self.assignment_record.dtype)
         stamp_format_(state_dict, prefix, count)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if assignment is not None:
+            self._last_set, self._trouble = _LastSet(writes_of(self._entries()), record_of(assignment, count)), ""
 
     def _count(self, assignment: Tensor | None) -> int:
         """How often an assignment was set, once this one (C,) is set, or none; 1 where there were no values."""
@@ -167,7 +204,7 @@ class AssignedBank(nn.Module):
     def _look(self, *, in_training: bool = False) -> None:
         """Let the three entries of the assignment say the same again, where something else has written to them.
 
-        Waits for a GPU, but only once after each write or change of mode, and in evaluation only: in training buffers
+        Waits for a GPU, but only in eval() and once after it or a write, and in evaluation only: in training buffers
         may be written at every step (DistributedDataParallel broadcasts them), and a graph cannot raise by value.
 
         Args:
@@ -176,7 +213,11 @@ class AssignedBank(nn.Module):
         Raises:
             AssignmentError: they are an average over different assignments, or hold none.
         """
-        if (self.training and torch.is_grad_enabled() and not in_training) or makes_graph():
+        if makes_graph():
+            if self._trouble and not self.training:
+                raise AssignmentError(self._trouble)
+            return
+        if self.training and torch.is_grad_enabled() and not in_training:
             return
         entries = self._entries()
         # Other classes of tensors may have no values to look at, and tensors made in inference mode count no writes.
@@ -188,23 +229,31 @@ class AssignedBank(nn.Module):
         try:
             found = read_assignment(assignment, record, stamp, self.num_classes, self.bank.num_prototypes)
         except AssignmentError as error:
-            raise AssignmentError(f"the buffer `assignment` was written from outside: {error} {ADVICE}") from error
+            # An average that takes the model's place for an evaluation, as Lightning's callbacks let it, comes through
+            # `.data`, which counts no writes. What was set here last is then the newest that is in it.
+            newest = self._last_set.record if self._last_set.writes == writes_of(entries) else None
+            if newest is None or not is_average_with(newest, record, self.bank.num_prototypes):
+                raise AssignmentError(f"the buffer `assignment` was written from outside: {error} {ADVICE}") from error
+            self._write(newest[:-NUM_EXTRA].long(), int(newest[-1]))
+            return
         count = count_of(record, stamp) + int(is_of_another(record, found))
         if not torch.equal(found, assignment) or not torch.equal(record, record_of(found, count).to(record.dtype)):
             self._write(found, count)
         self._note_seen()
 
     def _note_seen(self) -> None:
+        self._trouble = ""
         entries = self._entries()
         if not any(each.is_inference() for each in entries):
             self._seen = writes_of(entries)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_seen": ()}  # of these tensors, not of a copy's
+        return {**self.__dict__, "_seen": (), "_last_set": _LastSet()}  # of these tensors, not of a copy's
 
     @torch.no_grad()
     def _write(self, assignment: Tensor, count: int) -> None:
-        values = (assignment, record_of(assignment, count), format_version(count))
-        for entry, value in zip(self._entries(), values, strict=True):
+        entries, record = self._entries(), record_of(assignment, count)
+        for entry, value in zip(entries, (assignment, record, format_version(count)), strict=True):
             entry.copy_(value)
         self._note_seen()
+        self._last_set = _LastSet(self._seen, record)

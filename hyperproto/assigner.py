@@ -260,7 +260,7 @@ class DynamicAssigner(RunningMeans):
             What changed.
 
         Raises:
-            HeadNotFoundError: the head is no longer part of its model.
+            HeadNotFoundError: the head is no longer part of its model, or not the one that is called.
             RankError: ranks differ, or another one raised an error; on every rank but that one.
             HyperprotoWarning: once for each cause, what was probably not meant, such as that no batch came.
             AssignmentError: the model returned NaN or infinity for half of the samples or more, with the labels, or

@@ -152,6 +152,19 @@ def is_of_another(record: Tensor, assignment: Tensor) -> bool:
     return bool((_checksum(values) - record[-NUM_EXTRA]).abs() <= _noise(record, len(values)))
 
 
+def is_average_with(newest: Tensor, record: Tensor, num_prototypes: int) -> bool:
+    """Whether a record may be an average over different ones, of which `newest`, another record, is the newest.
+
+    Examples:
+        >>> older, newer = record_of(torch.tensor([0, 1]), 3), record_of(torch.tensor([1, 0]), 4)
+        >>> [is_average_with(each, older.lerp(newer, 0.1), 2) for each in (newer, older)]
+        [True, False]
+    """
+    if not bool(record.isfinite().all()) or float(record[-1]) > float(newest[-1]) + COUNT_NOISE:
+        return False
+    return _recorded(record, num_prototypes) is None
+
+
 def _recorded(record: Tensor, num_prototypes: int) -> Tensor | None:
     """The assignment (C,) that a record is of; None for one that is of none or of several."""
     values, noise = record[:-NUM_EXTRA].double(), _noise(record, num_prototypes)

@@ -33,7 +33,7 @@ def read_class_names(value: object) -> tuple[str, ...] | None:
     if isinstance(found, Mapping):
         numbered = {whole_number(label, "a class's label", error=LabelError): name for name, label in found.items()}
         found = [numbered[label] for label in sorted(numbered)] if set(numbered) == set(range(len(found))) else None
-    names = [", ".join(each) if _is_strings(each) else each for each in found or ()]
+    names = [_joined(each) for each in found or ()]
     if not names or not _is_strings(names):
         raise LabelError(
             f"expected class_names to be a list of names or a data set that has classes or class_to_idx, got "
@@ -91,21 +91,60 @@ def check_class_names(model: nn.Module, dataset: object) -> None:
         )
     check_number_of_names(names, len(expected))
     label = next(label for label, pair in enumerate(zip(expected, names, strict=True)) if pair[0] != pair[1])
-    raise LabelError(
-        f"expected label {label} to be {expected[label]!r}, as the model has it, got {names[label]!r}. Give the "
+    raise LabelError(_other_name(label, expected[label], names[label]))
+
+
+def check_labels_of_names(names: tuple[str, ...] | None, loader: object) -> None:
+    """Raise where data have another label for a class of the same name; changes nothing.
+
+    Of data that nobody has said to be in the model's order. Other names, or none, say nothing against it, nor do those
+    of a data set that a `target_transform` numbers anew.
+
+    Args:
+        names: of the model's classes, in the order of its labels; None if it has none.
+        loader: batches, a data set, or anything.
+
+    Raises:
+        LabelError: says which class is the first.
+    """
+    if names is None or any(getattr(each, "target_transform", None) is not None for each in _held(loader)):
+        return
+    found = next(_in_data_set(loader), ())
+    given = found if isinstance(found, Mapping) else {}
+    numbered = given or {name: label for label, name in enumerate(map(_joined, found)) if isinstance(name, str)}
+    for label, name in enumerate(names):
+        if numbered.get(name, label) != label:
+            got = next((other for other, own in numbered.items() if own == label), "none")
+            raise LabelError(_other_name(label, name, got))
+
+
+def _other_name(label: int, expected: str, got: object) -> str:
+    return (
+        f"expected label {label} to be {expected!r}, as the model has it, got {got!r}. Give the "
         "data set the model's order: ImageFolder's find_classes can be overridden, target_transform can renumber."
     )
 
 
-def _in_data_set(value: Any) -> Iterator[Any]:
-    """What a data set, or one that it holds, says of its classes."""
+def _held(value: Any) -> Iterator[Any]:
+    """What is given, the data set that it holds, and so on."""
     for _ in range(8):  # wrappers in wrappers
-        for attribute in ("classes", "class_to_idx"):
-            if isinstance(found := getattr(value, attribute, None), list | tuple | Mapping):
-                yield found
+        yield value
         value = getattr(value, "dataset", None) or getattr(value, "reader", None)
         if value is None:
             return
+
+
+def _in_data_set(value: Any) -> Iterator[Any]:
+    """What a data set, or one that it holds, says of its classes."""
+    for each in _held(value):
+        for attribute in ("classes", "class_to_idx"):
+            if isinstance(found := getattr(each, attribute, None), list | tuple | Mapping):
+                yield found
+
+
+def _joined(name: Any) -> Any:
+    """One name of a class that has several."""
+    return ", ".join(name) if _is_strings(name) else name
 
 
 def _is_strings(value: object) -> bool:

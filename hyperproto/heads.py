@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from hyperproto.adapted import set_aside
 from hyperproto.arguments import module
 from hyperproto.errors import BankError, HeadNotFoundError
 from hyperproto.head import HypersphericalHead
@@ -20,6 +21,20 @@ def get_heads(model: nn.Module) -> dict[str, HypersphericalHead]:
         ['1']
     """
     return {name: each for name, each in module(model).named_modules() if isinstance(each, HypersphericalHead)}
+
+
+def heads_in_use(model: nn.Module) -> dict[str, HypersphericalHead]:
+    """Those of a model's heads that are its own: not what an adapter keeps beside the copy that is called.
+
+    The others have an assignment of their own, which comes back when the adapter goes.
+
+    Examples:
+        >>> list(heads_in_use(nn.Sequential(nn.Flatten(), HypersphericalHead(8, 4))))
+        ['1']
+    """
+    heads = get_heads(model)
+    unused = {id(part) for layer in model.modules() for each in set_aside(layer) for part in each.modules()}
+    return {name: head for name, head in heads.items() if id(head) not in unused}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -42,13 +57,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def require_heads(model: nn.Module) -> tuple[HypersphericalHead, ...]:
-    """The model's heads, at least one; all of one task.
+    """The model's heads in use, at least one; all of one task.
 
     Raises:
         HeadNotFoundError: there is none.
         BankError: they differ in prototypes, assignment or scale: no one of them can speak for the others.
     """
-    heads = tuple(get_heads(model).values())
+    found = heads_in_use(model)
+    heads = tuple(found.values())
     if not heads:
         raise HeadNotFoundError(
             f"{type(model).__name__} has no HypersphericalHead. Call hyperproto.convert_model(model, ...) first."
@@ -58,7 +74,7 @@ def require_heads(model: nn.Module) -> tuple[HypersphericalHead, ...]:
     check_shared_bank(heads)
     if any(not torch.equal(head.logit_scale, heads[0].logit_scale) for head in heads[1:]):
         raise BankError(
-            f"the heads of {type(model).__name__} have other scales ({', '.join(get_heads(model))}), so that the first "
+            f"the heads of {type(model).__name__} have other scales ({', '.join(found)}), so that the first "
             "one cannot read what the others return. Pass one of the heads in place of the model."
         )
     return heads

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hyperproto.adapted import set_aside_message
 from hyperproto.errors import HeadNotFoundError
 from hyperproto.head import HypersphericalHead
-from hyperproto.heads import get_heads, require_heads
+from hyperproto.heads import get_heads, heads_in_use, require_heads
 from hyperproto.module_ref import ModuleRef
 from hyperproto.readout import Readout
 from hyperproto.targets import SMALLEST_EVIDENCE, Target, is_seen
@@ -76,14 +77,14 @@ class Oversights:
     is_settled: bool = False
 
     def heads(self, known: tuple[HypersphericalHead, ...]) -> tuple[HypersphericalHead, ...]:
-        """The heads of the assigner's model now, those that adapters have copied since among them.
+        """The heads of the assigner's model now.
 
         Args:
             known: the heads that it had; where the model is gone, and they are used by themselves, it has them still.
 
         Raises:
-            HeadNotFoundError: another layer is in the place of the first, or this is the copy of an assigner that was
-                copied without its model.
+            HeadNotFoundError: another layer is in the place of the first, or is called instead of it, or this is the
+                copy of an assigner that was copied without its model.
         """
         if self.source.is_copy and not self.is_settled:
             gc.collect()  # a model that was copied for this reference alone may be part of a cycle
@@ -97,8 +98,10 @@ class Oversights:
                     "assigner and criterion of the copy of the model."
                 )
             return known
-        found = tuple(get_heads(model).values())
+        found = tuple(heads_in_use(model).values())
         if all(each is not known[0] for each in found):
+            if any(each is known[0] for each in get_heads(model).values()):
+                raise HeadNotFoundError(set_aside_message(type(model).__name__))
             raise HeadNotFoundError(
                 f"the head that this assigner was made for is no longer part of its {type(model).__name__}: another "
                 "layer was put in its place, whose outputs are no cosines. If the model has no head any more, call "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from typing import Any
 
 import torch
 from torch import nn
 
+from hyperproto.adapted import set_aside, set_aside_message
 from hyperproto.errors import HeadNotFoundError
 
 
@@ -34,7 +36,9 @@ class Placement:
         self._model, self._name = weakref.ref(model), name
 
     def check(self, head: nn.Module) -> None:
-        """Raise if the head was taken out of its model, by this library or by a layer that a user put in its place.
+        """Raise if the head was taken out of its model, or something else is called instead of it.
+
+        By this library, by a layer that a user put in its place, or by an adapter.
 
         Raises:
             HeadNotFoundError: it was.
@@ -48,14 +52,16 @@ class Placement:
         model = None if self._model is None or torch.compiler.is_compiling() else self._model()
         if model is None:
             return
-        layer: Any = model
-        for part in self._name.split("."):
-            layer = None if layer is None else layer._modules.get(part)
+        path = _path(model, self._name)
+        if path[-1] is not head:
+            moved_to = next((name for name, module in model.named_modules() if module is head), None)
+            if moved_to is not None:
+                self._name = moved_to
+                path = _path(model, moved_to)
+        layer = path[-1]
         if layer is head:
-            return
-        moved_to = next((name for name, module in model.named_modules() if module is head), None)
-        if moved_to is not None:
-            self._name = moved_to
+            if any(part is each for outer, part in itertools.pairwise(path) for each in set_aside(outer)):
+                raise HeadNotFoundError(set_aside_message(type(model).__name__))
         elif layer is not None and next(layer.parameters(), None) is not None:  # else a backbone, the head behind it
             raise HeadNotFoundError(
                 f"expected this HypersphericalHead at {self._name!r} of {type(model).__name__}, where a "
@@ -67,3 +73,11 @@ class Placement:
     def __getstate__(self) -> dict[str, Any]:
         # A copy is not the module at that place, and a weak reference cannot be pickled.
         return {**self.__dict__, "_model": None}
+
+
+def _path(model: nn.Module, name: str) -> list[Any]:
+    """The modules from a model to the one of this name; from where there is none they are None."""
+    path: list[Any] = [model]
+    for part in name.split("."):
+        path.append(None if path[-1] is None else path[-1]._modules.get(part))
+    return path

@@ -102,9 +102,30 @@ class RowSequential(nn.Sequential):
         for layer in self:
             if torch.jit.is_scripting():
                 input = layer(input)
+            elif _takes_maps(layer):
+                input = layer(input[:, :, None, None]).flatten(1)
+            elif isinstance(layer, nn.SyncBatchNorm):
+                input = _synchronised(layer, input)
             else:
-                input = layer(input[:, :, None, None]).flatten(1) if _takes_maps(layer) else layer(input)
+                input = layer(input)
         return input
+
+
+def _synchronised(layer: nn.SyncBatchNorm, rows: Tensor) -> Tensor:
+    """What a SyncBatchNorm returns; a batch with infinity or NaN leaves its running statistics as they were."""
+    own = {name: buffer for name, buffer in layer._buffers.items() if buffer is not None}
+    if not layer.training or "running_mean" not in own:
+        return layer(rows)
+    layer._buffers.update({name: buffer.clone() for name, buffer in own.items()})
+    try:
+        result = layer(rows)
+    finally:
+        new = {name: layer.get_buffer(name) for name in own}
+        layer._buffers.update(own)
+    finite = torch.isfinite(new["running_mean"]).all()
+    for name, buffer in own.items():
+        buffer.copy_(torch.where(finite, new[name], buffer))
+    return result
 
 
 def _takes_maps(layer: nn.Module) -> bool:
@@ -118,8 +139,8 @@ class RowBatchNorm(nn.BatchNorm1d):
     A batch of fewer than two rows has no variance: the running statistics serve it, as in eval mode, where
     `nn.BatchNorm1d` raises. A batch with infinity or NaN leaves the running statistics as they were. With
     `track_running_stats` switched off they stay as they are in train mode, and where there are none the batch's serve
-    in eval mode too, both as in `nn.BatchNorm1d`. What `convert_sync_batchnorm` puts in its place is torch's own, in
-    which a batch with infinity leaves its trace, as it does in every other batch norm of the model.
+    in eval mode too, both as in `nn.BatchNorm1d`. What `convert_sync_batchnorm` puts in its place is torch's own, whose
+    running statistics `RowSequential` guards.
 
     Examples:
         >>> RowBatchNorm(3)(torch.ones(1, 3)).shape

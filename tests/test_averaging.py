@@ -255,6 +255,128 @@ def test_no_average_over_two_assignments_is_an_assignment(data, num_classes, spa
             head(torch.randn(1, 2))
 
 
+# Averages that take the model's place for an evaluation, as Lightning's callbacks let them
+
+
+def swap(model: nn.Module, averaged: AveragedModel) -> None:
+    """Exchange all values through `.data`, which leaves no trace."""
+    for own, other in zip(
+        model.state_dict(keep_vars=True).values(), averaged.module.state_dict().values(), strict=True
+    ):
+        kept = own.data.clone()
+        own.data.copy_(other)
+        other.copy_(kept)
+
+
+@given(
+    moves=st.lists(st.tuples(st.permutations(range(NUM_CLASSES)), st.integers(1, 3)), max_size=5),
+    decay=st.floats(0, 0.9999),
+)
+def test_an_average_in_the_models_place_has_the_models_newest_assignment(moves, decay):
+    model, batch = small(), torch.randn(4, 5)
+    averaged = over_buffers(decay)(model)
+    for order, num_updates in [*moves, (None, 1)]:
+        for _ in range(num_updates):
+            averaged.update_parameters(model)
+        newest, weight = model[2].assignment.clone(), averaged.module[2].projection[0].weight.clone()
+        model.eval()  # before the swap, which nothing tells of
+        swap(model, averaged)
+        model(batch)
+        assert torch.equal(model[2].assignment, newest)
+        assert torch.equal(model[2].projection[0].weight, weight)
+        swap(model, averaged)
+        assert torch.equal(model.train()[2].assignment, newest)
+        assert torch.equal(averaged.module[2].assignment, newest)  # the average has been put right
+        if order is not None:
+            model[2].assign_(torch.tensor(order))
+
+
+def test_after_a_run_was_resumed_too():
+    model, averaged = changed(over_buffers(0.5), 0, MOVES["all labels"])
+    again = small()
+    again.load_state_dict(model.state_dict())
+    swap(again, averaged)
+    again.eval()(torch.randn(4, 5))
+    assert torch.equal(again[2].assignment, MOVES["all labels"])
+
+
+@pytest.mark.parametrize("how", ["of a later assignment", "copied", "into other buffers", "in a copy", "not finite"])
+def test_other_blends_in_the_models_place_are_refused(how):
+    model, averaged = changed(over_buffers(0.5), 0, MOVES["all labels"])
+    if how == "of a later assignment":  # the model went back, and its average did not
+        model.load_state_dict(small().state_dict())
+    if how == "in a copy":
+        model = copy.deepcopy(model)
+    if how == "into other buffers":
+        model[2].assignment = model[2].assignment.clone()
+    if how == "copied":
+        for own, other in zip(model.state_dict().values(), averaged.module.state_dict().values(), strict=True):
+            own.copy_(other)
+    else:
+        swap(model, averaged)
+    if how == "not finite":
+        model[2].assignment_record.data[0] = torch.nan
+    with pytest.raises(AssignmentError, match="average over different assignments"):
+        model.eval()(torch.randn(4, 5))
+
+
+# Graphs, which cannot look: `eval()` does, and what it could not put right is not compiled
+
+
+def graphs_of(model: nn.Module, batch: Tensor) -> dict[str, Callable[[], Tensor]]:
+    return {
+        "compiled": lambda: torch.compile(model, backend="aot_eager")(batch),
+        "compiled as one graph": lambda: torch.compile(model, backend="aot_eager", fullgraph=True)(batch),
+        "exported": lambda: torch.export.export(model, (batch,)).module()(batch),
+        "traced": lambda: torch.jit.trace(model, (batch,), check_trace=False)(batch),
+    }
+
+
+deprecated = pytest.mark.filterwarnings("ignore:.torch.jit.trace.* is deprecated")
+GRAPHS = list(graphs_of(nn.Identity(), torch.zeros(1)))
+
+
+@deprecated
+@pytest.mark.parametrize("graph", GRAPHS)
+@torch.no_grad()
+def test_graphs_of_an_average_over_one_assignment_have_it(graph):
+    model, batch = small(), torch.randn(4, 5)
+    model[2].assign_(MOVES["all labels"])
+    averaged = AveragedModel(model, avg_fn=lambda a, b, _: lerp(a, b, 0.9), use_buffers=True)
+    for _ in range(3):
+        averaged.update_parameters(model)
+        logits = graphs_of(averaged.module.eval(), batch)[graph]()
+        torch.testing.assert_close(logits, model.eval()(batch), atol=1e-4, rtol=0.0)
+
+
+@deprecated
+@pytest.mark.parametrize("graph", GRAPHS)
+@torch.no_grad()
+def test_no_graph_is_made_of_an_average_over_different_assignments(graph):
+    model, averaged = changed(over_buffers(0.5), 0, MOVES["all labels"])
+    batch = torch.randn(4, 5)
+    graph_of = graphs_of(averaged.module.eval(), batch)[graph]
+    with pytest.raises((AssignmentError, torch._dynamo.exc.TorchDynamoException), match="average over different"):
+        graph_of()
+    averaged.module[2].assign_(model[2].assignment)  # the cure, whether before eval() or behind it
+    torch.testing.assert_close(graph_of(), averaged.module(batch), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_graph_that_there_is_runs_no_more_once_its_average_is_over_different_assignments():
+    model, batch = small(), torch.randn(4, 5)
+    averaged = over_buffers(0.5)(model)
+    averaged.update_parameters(model)
+    compiled = torch.compile(averaged.module, backend="aot_eager")
+    torch.testing.assert_close(compiled.eval()(batch), model.eval()(batch))
+    model[2].assign_(MOVES["all labels"])
+    averaged.update_parameters(model)
+    with pytest.raises(AssignmentError, match="average over different"):
+        compiled.eval()(batch)
+    averaged.module.load_state_dict(model.state_dict())
+    torch.testing.assert_close(compiled(batch), model.eval()(batch))
+
+
 # Written by hand
 
 
@@ -320,11 +442,12 @@ def test_the_assignment_is_looked_at_after_each_write_or_change_of_mode_and_at_n
     model(batch)  # in training nothing may wait for the device
     assert not looked
     write = lambda: model[2].assignment.copy_(torch.arange(NUM_CLASSES))  # noqa: E731
-    for change in (model.eval, write, lambda: model.train().eval()):
+    # By eval() too, for graphs.
+    for change, num_looks in ((model.eval, 2), (write, 1), (lambda: model.train().eval(), 2)):
         change()
         for _ in range(3):
             model(batch)
-        assert len(looked) == 1
+        assert len(looked) == num_looks
         looked.clear()
 
 
@@ -350,9 +473,12 @@ def test_evaluation_in_inference_mode_and_in_ensembles_goes_on():
 
 
 def test_averaging_moves_nothing_but_what_it_averages():
-    model, averaged = changed(Timm, 0, MOVES["all labels"])
+    averaged = Timm(model := small())
+    averaged.update_parameters(model)
+    model[2].assign_(MOVES["all labels"])
+    averaged.update_parameters(model)
     before = {name: value.clone() for name, value in averaged.module.state_dict().items()}
-    averaged.module(torch.randn(4, 5))
+    averaged.eval().module(torch.randn(4, 5))
     after = averaged.module.state_dict()
     assert {name for name, value in after.items() if not torch.equal(value, before[name])} == {"2.assignment_record"}
     assert torch.equal(after["2.assignment_record"], model.state_dict()["2.assignment_record"])

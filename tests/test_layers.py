@@ -22,6 +22,7 @@ LAYERS = [
     "precision",
     "modes",
     "module_ref",
+    "adapted",
     "sphere",
     "bounds",
     "targets",
@@ -126,7 +127,7 @@ INNER_LAYERS = {
         "properties",
         "loss_checks",
     ],
-    "timm": ["clipping", "names", "__main__"],
+    "timm": ["clipping", "names", "task", "__main__"],
 }
 
 #: Longest file, in lines.

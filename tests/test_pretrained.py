@@ -17,6 +17,7 @@ import timm
 import torch
 from compatible import MODELS, NUM_CLASSES, converted, images, permute_, plain
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import hyperproto
 from hyperproto import (
@@ -445,6 +446,58 @@ def test_a_data_set_in_another_order_is_refused():
         check_class_names(small(), swapped)
     with pytest.raises(HeadNotFoundError):
         check_class_names(perceptron(), swapped)
+
+
+FITS = {
+    "fit_head": hyperproto.fit_head,
+    "class vectors": lambda model, data: hyperproto.fit_head(model, data, bank="class-vectors"),
+    "refit_head": hyperproto.refit_head,
+    "compress_head": lambda model, data: compress_head(model, data, dim=3),
+    "fit_logit_scale": hyperproto.fit_logit_scale,
+}
+
+
+def named(names: object, **others: object) -> TensorDataset:
+    """A data set that says what its classes are called."""
+    data = TensorDataset(*rows())
+    data.__dict__ |= {"classes": names, **others}
+    return data
+
+
+SWAPPED = [NAMES[0], NAMES[2], NAMES[1], *NAMES[3:]]
+WRONG = {
+    "swapped": named(SWAPPED),
+    "by number": named({name: label for label, name in enumerate(SWAPPED)}),
+    "in a loader": DataLoader(named(SWAPPED), batch_size=12),
+    "in parts": DataLoader(Subset(named(SWAPPED), range(24)), batch_size=12),
+    "one more": named(["another", *NAMES]),
+    "one less": named(NAMES[1:]),
+    "one renamed": named([*NAMES[1:], "zebra"]),
+}
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_fit_refuses_data_whose_classes_have_other_labels(fit, kind):
+    model = small(class_names=NAMES)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(LabelError, match=r"expected label \d to be 'class \d', as the model has it, got"):
+        FITS[fit](model, WRONG[kind])
+    after = model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    "names", [list(NAMES), NAMES[:5], [f"n0{label}" for label in range(6)], [], "abc", [1, 2], None]
+)
+def test_a_fit_takes_data_whose_names_say_nothing_against_it(names):
+    """The same names, the first of them, names of another kind for each, or none."""
+    hyperproto.fit_head(small(class_names=NAMES), named(names))
+    hyperproto.fit_head(small(), named(names))
+
+
+def test_a_fit_takes_data_that_are_numbered_anew():
+    hyperproto.fit_head(small(class_names=NAMES), named(SWAPPED, target_transform=lambda label: label))
 
 
 def test_names_stay_with_the_head_that_takes_the_place_of_another():

@@ -290,6 +290,38 @@ def test_synchronised_batch_norm_stays_float32(dtype):
     assert (batch_norm.running_mean == torch.tensor(1.0 / 3.0)).all()
 
 
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_synchronised_batch_norm_forgets_a_batch_that_is_not_finite(value, momentum):
+    head = nn.SyncBatchNorm.convert_sync_batchnorm(HypersphericalHead(8, NUM_CLASSES, dim=DIM, projection="linear+bn"))
+    batch_norm, features = head.projection[1], torch.randn(3, 5, 8)
+    batch_norm.momentum = momentum
+    twin, buffers = copy.deepcopy(head), dict(batch_norm.named_buffers())
+    features[1, 2, 3] = value
+    for rows in features:
+        head(rows).sum().backward()
+    for rows in (features[0], features[2]):
+        twin(rows)
+    assert all(buffers[name] is buffer for name, buffer in batch_norm.named_buffers())
+    for name, buffer in twin.projection[1].named_buffers():
+        assert torch.equal(buffers[name], buffer), name
+    assert head.eval()(features[0]).isfinite().all()
+
+
+def test_synchronised_batch_norm_without_running_statistics_of_its_own():
+    features = torch.randn(5, 8)
+    for change in ({"track_running_stats": False}, {"running_mean": None, "running_var": None}):
+        head = HypersphericalHead(8, NUM_CLASSES, dim=DIM, projection="linear+bn")
+        twin = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(head))
+        for model in (head, twin):
+            for name, value in change.items():
+                setattr(model.projection[1], name, value)
+            model(features)
+        assert torch.equal(twin(features), head(features))
+        for name in {"running_mean", "running_var"} - change.keys():
+            assert torch.equal(getattr(twin.projection[1], name), getattr(head.projection[1], name)), name
+
+
 def test_synchronised_batch_norm_behind_a_convolution():
     torch.manual_seed(0)
     model = timm.create_model(

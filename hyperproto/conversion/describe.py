@@ -12,7 +12,7 @@ from hyperproto.bank import PrototypeBank
 from hyperproto.conversion.locate import Leaf, num_inputs, num_outputs
 from hyperproto.conversion.record import RECORD, Conversion, count_parameters
 from hyperproto.head import HypersphericalHead
-from hyperproto.heads import get_heads, require_heads
+from hyperproto.heads import heads_in_use, require_heads
 from hyperproto.losses import PrototypeCrossEntropyLoss
 from hyperproto.projection import has_layers
 from hyperproto.sphere import sampled_largest_cosines
@@ -47,7 +47,7 @@ def describe(model: nn.Module, criterion: nn.Module | None = None) -> str:
           scale: 3.487, as it started: never fitted, see fit_logit_scale
           parameters: 68 before, 36 after
     """
-    heads = get_heads(model)
+    heads = heads_in_use(model)
     if criterion is not None:
         module(criterion, "criterion")
     if not heads:

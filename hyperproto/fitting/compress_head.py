@@ -25,7 +25,7 @@ from hyperproto.fitting.report import HeadFit
 from hyperproto.fitting.unit_fit import Fit, Task, fit_unit_head
 from hyperproto.fitting.unit_head import Coordinates, UnitHead
 from hyperproto.head import HypersphericalHead
-from hyperproto.heads import get_heads, require_heads
+from hyperproto.heads import get_heads, heads_in_use, require_heads
 from hyperproto.ranks import ProcessGroup, share_state_
 
 
@@ -142,7 +142,7 @@ def only_head(model: nn.Module, *, verb: str) -> tuple[str, HypersphericalHead]:
         ArgumentError: a bare head, several, or one with another projection than "linear+bn".
     """
     require_heads(model)
-    (name, head), *others = get_heads(model).items()
+    (name, head), *others = heads_in_use(model).items()
     check_unwrapped(model, name, verb=verb)
     if not name:
         raise ArgumentError("a bare head cannot be replaced in place: pass the model that has it.")

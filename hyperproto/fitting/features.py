@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperproto.arguments import module
+from hyperproto.class_names import check_labels_of_names
 from hyperproto.errors import ArgumentError, HeadNotFoundError, ShapeError
 from hyperproto.fitting.batches import moved, num_samples, read_batches
 from hyperproto.fitting.statistics import FeatureStatistics
@@ -95,8 +96,9 @@ def run_batches(model: nn.Module, loader: Iterable[Any], head: HypersphericalHea
 
     Raises:
         ArgumentError: no loader, or batches that are not inputs and targets.
-        LabelError, ShapeError: targets that do not fit.
+        LabelError, ShapeError: targets that do not fit; a data set that numbers the head's classes otherwise.
     """
+    check_labels_of_names(head.class_names, loader)
     device = _device_of(model)
     for inputs, target in read_batches(loader):
         if is_of_positions(target):

@@ -37,7 +37,8 @@ def load_model(model: nn.Module, state_or_path: State | str | os.PathLike[str]) 
 
     Returns:
         The same model, in the mode that it was in. In train mode its heads return logits, since a `state_dict` does not
-        say what the saved ones did: `convert_model(model, like=state, training_output="embedding")` says so.
+        say what the saved ones did: `convert_model(model, like=state, training_output="embedding")` says so. Nor has it
+        names of classes. `load_pretrained` brings both back from a folder of `save_pretrained`.
 
     Raises:
         CheckpointError: what cannot be read, or belongs to another model; says what differs.

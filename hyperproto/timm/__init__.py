@@ -12,6 +12,8 @@ head is then that of the weights, whatever the options say.
 
 `python -m hyperproto.timm SCRIPT ...` runs a script as it is, with these names known.
 
+`PrototypeTask` is timm's training task with an assigner, for training loops over tasks.
+
 Adaptive gradient clipping leaves out the projections, as it does the classifiers that they replace.
 
 Examples:
@@ -25,8 +27,23 @@ Examples:
     ['hp_test_resnet']
 """
 
+from importlib.metadata import version
+from importlib.util import find_spec
+
 from hyperproto.timm.clipping import spare_projections
 from hyperproto.timm.names import know_names
 
 know_names()
 spare_projections()
+
+if find_spec("timm.task"):
+    from hyperproto.timm.task import PrototypeTask as PrototypeTask
+else:
+
+    def __getattr__(name: str) -> object:
+        if name == "PrototypeTask":
+            raise ImportError(
+                f"PrototypeTask needs timm >= 1.0.23, which has tasks; this is timm {version('timm')}. "
+                "pip install --upgrade timm."
+            )
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

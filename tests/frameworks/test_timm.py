@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import timm
@@ -189,11 +190,13 @@ def test_adaptive_clipping_leaves_the_projection_out_and_nothing_else(projection
     assert len(timm.models.model_parameters(plain, exclude_head=True)) == len(list(plain.parameters())) - 2
 
 
+@needs("tasks that clip", timm="1.0.27")
 def test_adaptive_clipping_of_a_task_leaves_the_projection_out():
-    task = pytest.importorskip("timm.task", reason="timm's scripts train tasks since 1.0.23").ClassificationTask
+    from timm.task import ClassificationTask
+
     model = converted()
     spared = {id(parameter) for parameter in head_of(model).parameters()}
-    found = task(model, torch.nn.CrossEntropyLoss()).get_clip_parameters(exclude_head=True)
+    found = ClassificationTask(model, torch.nn.CrossEntropyLoss()).get_clip_parameters(exclude_head=True)
     assert {id(parameter) for parameter in found} == {id(parameter) for parameter in model.parameters()} - spared
 
 
@@ -241,6 +244,136 @@ def test_frozen_batch_norm_stays_and_serves():
     assert not torch.equal(frozen.fc.projection[1].running_mean, before["fc.projection.1.running_mean"])
 
 
+# Tasks
+
+
+has_tasks = needs("tasks", timm="1.0.23")
+has_task_checkpoints = needs("checkpoints of tasks", timm="1.0.27")
+
+
+def separate(num: int = 24) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Two batches of images whose brightness tells their labels, twice as bright in each class."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(num) % NUM_CLASSES
+    pictures = torch.randn(num, 3, 32, 32, generator=generator) + labels.view(-1, 1, 1, 1)
+    return list(zip(pictures.chunk(2), labels.chunk(2), strict=True))
+
+
+def task_of(model: torch.nn.Module, **options: object) -> torch.nn.Module:
+    return hyperproto.timm.PrototypeTask(model, torch.nn.CrossEntropyLoss(), verbose=False, **options)
+
+
+def train_epochs(task: torch.nn.Module, optimizer: torch.optim.Optimizer, num: int = 1) -> None:
+    for _ in range(num):
+        for batch, labels in separate():
+            task(batch, labels)["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@has_tasks
+def test_a_task_feeds_its_assigner_and_steps():
+    model = converted()
+    twin, task = copy.deepcopy(model), task_of(model, step_every=2)
+    train_epochs(task, torch.optim.SGD(model.parameters(), lr=0.0), 2)
+    assert len(task.assigner.history) == 2
+    assert task.assigner.history[0].changed
+    assert task.assigner.head is head_of(model)
+    by_hand = hyperproto.DynamicAssigner(twin)
+    for batches in [separate()] * 2:
+        for batch, labels in batches:
+            by_hand.update(twin(batch), labels)
+        by_hand.step()
+    assert torch.equal(task.assigner.class_means, by_hand.class_means)
+    assert task.assigner.class_counts.tolist() == [8.0] * NUM_CLASSES
+    assert torch.equal(head_of(model).assignment, head_of(twin).assignment)
+
+
+@has_tasks
+def test_a_task_is_as_timms_own_but_for_the_assigner():
+    from timm.task import ClassificationTask
+
+    model = converted()
+    own, plain = task_of(copy.deepcopy(model)), ClassificationTask(model, torch.nn.CrossEntropyLoss())
+    batch, labels = separate()[0]
+    soft = torch.full((len(labels), NUM_CLASSES), 0.1).scatter(1, labels[:, None], 0.5)
+    for target in (labels, soft):
+        found, expected = own(batch, target), plain(batch, target)
+        assert torch.equal(found["loss"], expected["loss"])
+        assert torch.equal(found["output"], expected["output"])
+    assert float(own.assigner.class_counts.sum()) == pytest.approx(1.4 * len(labels))
+
+
+@has_tasks
+def test_a_task_feeds_in_training_only():
+    task, (batch, labels) = task_of(converted(), step_every=1), separate()[0]
+    with torch.no_grad():
+        task(batch, labels)
+    task.assigner.head.eval()
+    task(batch, labels)
+    assert not task.assigner.class_counts.any()
+    assert not task.assigner.history
+
+
+@has_tasks
+def test_a_task_with_a_loss_of_this_library_feeds_once():
+    model, (batch, labels) = converted(), separate()[0]
+    task = hyperproto.timm.PrototypeTask(model, hyperproto.BalancedLoss(model), verbose=False)
+    assert torch.equal(task(batch, labels)["loss"], hyperproto.BalancedLoss(model)(model(batch), labels))
+    assert task.assigner.class_counts.sum() == len(labels)
+    fed = hyperproto.BalancedLoss(hyperproto.DynamicAssigner(model))
+    with pytest.raises(hyperproto.ArgumentError, match=r"BalancedLoss\(model\)"):
+        hyperproto.timm.PrototypeTask(model, fed, verbose=False)
+    with pytest.raises(hyperproto.HeadNotFoundError, match="convert_model"):
+        task_of(timm.create_model("test_resnet"))
+
+
+@has_task_checkpoints
+@pytest.mark.parametrize("with_average", [False, True])
+def test_a_tasks_run_resumes_as_if_nothing_had_been(tmp_path, with_average):
+    from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
+    from timm.utils import CheckpointSaver
+
+    def begin():
+        torch.manual_seed(0)
+        task = task_of(converted(), step_every=2)
+        if with_average:
+            task.setup_ema(decay=0.5)
+        return task, torch.optim.SGD(task.trainable_module.parameters(), lr=0.05, momentum=0.9)
+
+    def train(task, optimizer, num):
+        for _ in range(num):
+            train_epochs(task, optimizer)
+            task.update_ema()
+
+    undisturbed, optimizer = begin()
+    train(undisturbed, optimizer, 4)
+    stopped, optimizer = begin()
+    train(stopped, optimizer, 2)
+    folders = {"checkpoint_dir": str(tmp_path), "recovery_dir": str(tmp_path)}
+    CheckpointSaver(stopped.trainable_module, optimizer, task=stopped, **folders).save_checkpoint(0, metric=1.0)
+    resumed, optimizer = begin()
+    resume_task_checkpoint(resumed, str(tmp_path / "last.pth.tar"), optimizer)
+    if with_average:
+        load_task_ema_checkpoint(resumed, str(tmp_path / "last.pth.tar"))
+    train(resumed, optimizer, 2)
+    expected = undisturbed.state_dict()
+    for name, value in resumed.state_dict().items():
+        if not name.endswith(
+            "assignment_record"
+        ):  # of the average: between two, where a saved one is that of the newer
+            assert torch.equal(value, expected[name]), name
+    assert resumed.assigner.class_counts.tolist() == [16.0] * NUM_CLASSES
+    plain = timm.create_model("hp_test_resnet", num_classes=NUM_CLASSES, hp_dim=DIM)
+    plain.load_state_dict(torch.load(tmp_path / "last.pth.tar", weights_only=False)["state_dict"])
+
+
+@pytest.mark.skipif(find_spec("timm.task") is not None, reason="this timm has tasks")
+def test_where_timm_has_no_tasks_it_says_so():
+    with pytest.raises(ImportError, match=r"timm >= 1\.0\.23"):
+        from hyperproto.timm import PrototypeTask  # noqa: F401
+
+
 # The page
 
 
@@ -249,3 +382,11 @@ def test_the_page(heading, tmp_path):
     space = {"folder": str(tmp_path), "images": images()}
     exec(block(heading), space)
     assert get_heads(space["model"])
+
+
+@has_task_checkpoints
+def test_the_page_of_tasks(tmp_path):
+    space = {"folder": str(tmp_path), "loader": separate(), "epochs": 2}
+    exec(block("A loop over timm's tasks"), space)
+    assert len(space["task"].assigner.history) == 2
+    assert (tmp_path / "last.pth.tar").exists()
