@@ -301,7 +301,7 @@ def test_features_are_regrouped_to_bound_memory(num_classes, limit, rows, monkey
 
 
 def test_a_likelier_head_is_better_as_long_as_no_fewer_samples_are_right():
-    present = Score(accuracy=0.5, log_loss=1.0, scale=16.0)
+    present = Score(accuracy=0.5, log_loss=1.0, logit_scale=16.0)
     assert Score(0.5, 0.9, 16.0).is_better_than(present)
     assert Score(0.6, 0.9, 16.0).is_better_than(present)
     assert not Score(0.4, 0.9, 16.0).is_better_than(present)
