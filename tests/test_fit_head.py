@@ -28,8 +28,11 @@ from hyperproto import (
     get_heads,
 )
 from hyperproto.conversion.channels import ChannelsFirstHead
+from hyperproto.fitting import compress_head as compressing
 from hyperproto.fitting import fit_head as module
+from hyperproto.fitting.hand_over import start_with_free_vectors
 from hyperproto.fitting.statistics import FeatureSample, FeatureStatistics, shrunk_covariance
+from hyperproto.sphere import normalise
 from hyperproto.testing import SEEDS, check_assignment
 
 
@@ -692,6 +695,21 @@ def test_more_dimensions_than_labels_take_class_vectors_too():
     model = nn.Sequential(make_head(4, 12, 9))
     assert fit_head(model, batched(features, labels), bank="class-vectors").accuracy > 0.95
     assert model[0].dim == 9
+
+
+def test_class_vectors_leave_the_directions_of_the_teacher_that_they_start_from(monkeypatch):
+    features, labels = clouds(6, 12, per_class=30)
+    begun = []
+
+    def start(*args, **options):
+        begun.append(start_with_free_vectors(*args, **options))
+        return begun[-1]
+
+    monkeypatch.setattr(compressing, "start_with_free_vectors", start)
+    model = nn.Sequential(make_head(6, 12, 3))
+    fit_head(model, batched(features, labels), bank="class-vectors")
+    first = normalise(begun[-1].vectors)
+    assert float((model[0].bank.prototypes - first).abs().max()) > 0.01
 
 
 def test_a_bank_of_another_name_or_for_a_bare_head_is_refused():
