@@ -95,7 +95,7 @@ def predict(model: nn.Module, loader: DataLoader) -> tuple[Tensor, Tensor]:
 
 
 def fit_temperature(model: nn.Module, loader: DataLoader) -> float:
-    """What `fit_logit_scale` does for a hyperspherical head, for the softmax classifier: a fair comparison."""
+    """What `fit_logit_scale(match="likelihood")` does for a head, for the softmax classifier: a fair comparison."""
     logits, labels = predict(model, loader)
     likelihood = lambda log_scale: float(nn.functional.cross_entropy(math.exp(log_scale) * logits, labels))  # noqa: E731
     return math.exp(minimize_scalar(likelihood, bounds=(-5, 5), method="bounded").x)
@@ -155,7 +155,7 @@ def main() -> None:
     softmax = train_softmax(train, epochs)
     torch.manual_seed(arguments.seed)
     model, assignments = train_hyperproto(train, epochs)
-    hyperproto.fit_logit_scale(model, validation)  # the temperature of the probabilities, on held-out images
+    hyperproto.fit_logit_scale(model, validation, match="likelihood")  # the temperature, as softmax gets its own
 
     moved = [int((after != before).sum()) for before, after in pairwise(assignments)]
     row = "{:<12} {:>9} {:>14} {:>18}   {}"

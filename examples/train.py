@@ -705,7 +705,7 @@ def evaluate(trainer: Trainer, class_counts: Tensor) -> dict[str, Any]:
         if heads:
             before = float(heads[0].logit_scale)
             with trainer.autocast():
-                temperature = before / hyperproto.fit_logit_scale(model, trainer.loaders.holdout)
+                temperature = before / hyperproto.fit_logit_scale(model, trainer.loaders.holdout, match="likelihood")
         else:
             temperature = fit_temperature(*trainer.predict(model, trainer.loaders.holdout))
     return figures(logits, labels, class_counts, temperature)

@@ -154,16 +154,18 @@ def finetuned_table() -> str:
     for line in cifar100.results_of("finetune"):
         found[line["dim"], line["method"]][line["seed"]] = line
     peers = found[None, finetune.WIDE[0]]
-    header = ["D", "method", "n", "before training", "accuracy", "less than full softmax", "calibration, fitted"]
+    header = ["D", "method", "n", "before training", "accuracy", "less than full softmax"]
+    header += ["calibration by likelihood", "by confidence"]
+    keys = ("start_top1", "top1", "calibration_error_fitted", "calibration_error_matched")
     rows = [header, ["---"] * len(header)]
     for dim, methods in ((None, finetune.WIDE), *((dim, finetune.NARROW) for dim in finetune.DIMS)):
         for method in methods:
             lines = found.get((dim, method), {})
             if not lines:
                 continue
-            figures = [shown(list(lines.values()), key) for key in ("start_top1", "top1", "calibration_error_fitted")]
+            figures = [shown(list(lines.values()), key) for key in keys]
             gap = difference([(lines[seed], peers[seed]) for seed in lines if seed in peers and lines != peers])
-            rows.append([str(dim or 1280), method, str(len(lines)), *figures[:2], gap, figures[2]])
+            rows.append([str(dim or 1280), method, str(len(lines)), *figures[:2], gap, *figures[2:]])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 

@@ -185,7 +185,7 @@ def test_a_refit_is_better_on_samples_that_nobody_has_seen(projection, dim):
 
 
 def fit_scale(head: HypersphericalHead, features: torch.Tensor, labels: torch.Tensor) -> float:
-    return fit_logit_scale(copy.deepcopy(head), [(features, labels)])
+    return fit_logit_scale(copy.deepcopy(head), [(features, labels)], match="likelihood")
 
 
 # What is held out

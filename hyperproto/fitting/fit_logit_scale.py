@@ -22,21 +22,22 @@ def fit_logit_scale(
     model: nn.Module,
     loader: Iterable[Any],
     *,
-    match: Match = "likelihood",
+    match: Match = "confidence",
     process_group: ProcessGroup | None = None,
 ) -> float:
-    r"""Scale s that makes held-out samples likeliest, or as often right as sure; set on the model's heads in place.
+    r"""Scale s at which held-out samples are as often right as they are sure; set on the model's heads in place.
 
     $$
-    s = \arg\min_s \; -\frac1N \sum_b \log \operatorname{softmax}(s \, \cos_b)_{y_b}
-        \qquad \text{or} \qquad
     \frac1N \sum_b \max_k \operatorname{softmax}(s \, \cos_b)_k = \frac1N \sum_b [\arg\max_k \cos_{bk} = y_b]
+        \qquad \text{or} \qquad
+    s = \arg\min_s \; -\frac1N \sum_b \log \operatorname{softmax}(s \, \cos_b)_{y_b}
     $$
 
-    The first is temperature scaling as published. Unit embeddings have no length by which a sample could say how sure
+    The second is temperature scaling as published. Unit embeddings have no length by which a sample could say how sure
     it is: where that makes their likelihood a poor model, its maximum is where probabilities are too small or too large
-    on the whole. The second equation is right on average then, and needs more samples: of each it takes only whether
-    it is right (docs/results_pretrained.md compares both).
+    on the whole. The first equation is right on average then (docs/results_pretrained.md compares both). It takes of
+    each sample only whether it is right: where there are few samples for many classes, or few right ones, the
+    likelihood says more.
 
     One pass in eval mode without gradients; modes and the global generator are as before afterwards. The ranking of
     classes does not change, only how sure the probabilities are. Use data apart from training and test set. Memory:
@@ -48,7 +49,7 @@ def fit_logit_scale(
     Args:
         model: a converted model, bare or wrapped, or a head.
         loader: as for `fit_head`. Soft targets count by the share that they give to the largest cosine.
-        match: "likelihood", the first equation, or "confidence", the second.
+        match: "confidence", the first equation, or "likelihood", the second.
         process_group: the ranks that share out the data; by default all.
 
     Returns:
