@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SEED = 0
 #: At most half an hour on two cores.
-SAMPLE = 500
+SAMPLE = 300
 
 
 def mutmut(*arguments: str) -> str:
