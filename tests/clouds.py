@@ -30,6 +30,18 @@ def make_head(num_classes: int, width: int, dim: int, **options: object) -> Hype
     return HypersphericalHead(width, num_classes, dim=dim, **{"bank": "random", **options}).eval()
 
 
+def batch(num: int = 32, num_classes: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (num, 8) that say nothing of their labels."""
+    features = torch.randn(num, 8, generator=torch.Generator().manual_seed(seed))
+    return features, torch.arange(num) % num_classes
+
+
+def make_model(num_classes: int = 4, dim: int = 3, **options: object) -> nn.Sequential:
+    """A model for `batch`."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), HypersphericalHead(8, num_classes, dim=dim, **options))
+
+
 def assert_same_state(first: nn.Module, second: nn.Module | dict, **tolerance: float) -> None:
     other = second if isinstance(second, dict) else second.state_dict()
     for name, value in first.state_dict().items():

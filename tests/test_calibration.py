@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from clouds import Batches
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_on_ranks
 from scipy.optimize import brentq
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hyperproto import (
@@ -161,8 +162,13 @@ def test_the_scale_keeps_to_its_bounds():
         assert fit_logit_scale(head, [(5e-4 * own + across, labels)]) == pytest.approx(1e4, rel=1e-2)
 
 
-@given(seed=SEEDS, num_classes=st.integers(2, 8), log_true=st.floats(-1.0, 4.0), soft=st.booleans())
-def test_the_scale_is_that_of_the_likelihood_wherever_it_lies(seed, num_classes, log_true, soft):
+WHEREVER_IT_LIES = given(seed=SEEDS, num_classes=st.integers(2, 8), log_true=st.floats(-1.0, 4.0), soft=st.booleans())
+
+
+def drawn(
+    seed: int, num_classes: int, log_true: float, soft: bool
+) -> tuple[HypersphericalHead, Batches, Tensor, Tensor]:
+    """A head, samples whose scale is about exp(log_true), with labels or soft targets, their cosines, and targets."""
     generator = torch.Generator().manual_seed(seed)
     head = HypersphericalHead(4, num_classes, projection="none", bank="random", seed=seed)
     features = torch.randn(300, 4, generator=generator)
@@ -171,31 +177,31 @@ def test_the_scale_is_that_of_the_likelihood_wherever_it_lies(seed, num_classes,
     # A tenth at random, so that there is a maximum.
     labels[::10] = torch.randint(num_classes, (30,), generator=generator)
     target = nn.functional.one_hot(labels, num_classes).double() * (0.8 if soft else 1.0) + (0.2 / num_classes) * soft
+    return head, [(features, target.float() if soft else labels)], cosines, target
+
+
+@WHEREVER_IT_LIES
+def test_the_scale_is_that_of_the_likelihood_wherever_it_lies(seed, num_classes, log_true, soft):
+    head, samples, cosines, target = drawn(seed, num_classes, log_true, soft)
 
     def slope(s: float) -> float:
         return float(((s * cosines).softmax(dim=1) * cosines).sum() - (target * cosines).sum())
 
     if slope(2e-2) < 0.0:
-        fitted = fit_logit_scale(head, [(features, target.float() if soft else labels)], match="likelihood")
+        fitted = fit_logit_scale(head, samples, match="likelihood")
         assert fitted == pytest.approx(brentq(slope, 1e-2, 1e4), rel=1e-3)
 
 
-@given(seed=SEEDS, num_classes=st.integers(2, 8), log_true=st.floats(-1.0, 4.0), soft=st.booleans())
+@WHEREVER_IT_LIES
 def test_mean_confidence_is_accuracy_at_the_scale_that_matches_it(seed, num_classes, log_true, soft):
-    generator = torch.Generator().manual_seed(seed)
-    head = HypersphericalHead(4, num_classes, projection="none", bank="random", seed=seed)
-    features = torch.randn(300, 4, generator=generator)
-    cosines = (head.eval()(features) / head.logit_scale).double()
-    labels = torch.multinomial((math.exp(log_true) * cosines).softmax(dim=1), 1, generator=generator)[:, 0]
-    labels[::10] = torch.randint(num_classes, (30,), generator=generator)
-    target = nn.functional.one_hot(labels, num_classes).double() * (0.8 if soft else 1.0) + (0.2 / num_classes) * soft
+    head, samples, cosines, target = drawn(seed, num_classes, log_true, soft)
     accuracy = float(target.gather(1, cosines.argmax(dim=1, keepdim=True)).mean())
 
     def excess(s: float) -> float:
         return float((s * cosines).softmax(dim=1).amax(dim=1).mean()) - accuracy
 
     if excess(2e-2) < 0.0 < excess(5e3):
-        fitted = fit_logit_scale(head, [(features, target.float() if soft else labels)], match="confidence")
+        fitted = fit_logit_scale(head, samples, match="confidence")
         assert excess(fitted) == pytest.approx(0.0, abs=1e-4)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from clouds import batch, make_model
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -35,16 +36,6 @@ def told(action: Callable[[], object]) -> list[str]:
         action()
     assert all(each.category is HyperprotoWarning and each.filename == __file__ for each in caught)
     return [str(each.message) for each in caught]
-
-
-def batch(num: int = 32, num_classes: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    features = torch.randn(num, 8, generator=torch.Generator().manual_seed(seed))
-    return features, torch.arange(num) % num_classes
-
-
-def make_model(num_classes: int = 4, dim: int = 3, **options) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 8), HypersphericalHead(8, num_classes, dim=dim, **options))
 
 
 class Loop:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from clouds import batch, make_model
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -16,16 +17,6 @@ from hyperproto import (
     PrototypeCrossEntropyLoss,
 )
 from hyperproto.testing import SEEDS
-
-
-def batch(num: int = 32, num_classes: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    features = torch.randn(num, 8, generator=torch.Generator().manual_seed(seed))
-    return features, torch.arange(num) % num_classes
-
-
-def make_model(num_classes: int = 4, dim: int = 3, **options) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 8), HypersphericalHead(8, num_classes, dim=dim, **options))
 
 
 @pytest.mark.parametrize("factor", [1.1, 100.0])
