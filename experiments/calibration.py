@@ -18,6 +18,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import cifar100
 import frozen
 import numpy as np
 import torch
@@ -83,7 +84,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     with np.load(arguments.features) as file:
         arrays = dict(file)
-    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    lines = cifar100.results_of("calibration")
     known = {(line["images"], line["seed"], line["dim"]) for line in lines}
     for images in arguments.images:
         for seed in arguments.seeds:

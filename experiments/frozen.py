@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cifar100
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -337,7 +338,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(arguments.threads)
     with np.load(arguments.features) as file:
         arrays = dict(file)
-    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    lines = cifar100.results_of("frozen")
     known = {tuple(line[key] for key in ("regime", "images", "seed", "method", "dim")) for line in lines}
     for images in arguments.images:
         for seed in arguments.seeds:

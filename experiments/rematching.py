@@ -92,10 +92,7 @@ def runs(suite: str) -> Iterator[dict[str, Any]]:
 
 def train_from_scratch(run: dict[str, Any], loaders: Any) -> tuple[Tensor, Tensor]:
     """Logits and labels of what is measured."""
-    args = train.parse_arguments(["DATA", *grid.FLAGS.format(**run).split()])
-    args.num_classes, loaders.train.augment_seed = grid.NUM_CLASSES, run["seed"]
-    train.seed_everything(run["seed"])
-    trainer = train.Trainer(args, train.build_model(args), loaders, torch.device("cpu"))
+    trainer = grid.make_trainer(run, loaders)
     trainer.assigner = WAYS[run["way"]](trainer.model)
     trainer.criterion = LOSSES[run["loss"]](trainer.assigner)
     trainer.train()
@@ -104,23 +101,13 @@ def train_from_scratch(run: dict[str, Any], loaders: Any) -> tuple[Tensor, Tenso
 
 def train_head(run: dict[str, Any], samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """The same, of a fresh head on features."""
-    (rows, labels), (held_out, truth) = samples
+    (rows, _), (held_out, truth) = samples
     args = train.parse_arguments(["DATA", *grid.FLAGS.format(**run).split(), "--epochs", str(grid.EPOCHS_FROZEN)])
     train.seed_everything(run["seed"])
     head = hyperproto.HypersphericalHead(rows.shape[1], grid.NUM_CLASSES, dim=run["dim"], seed=run["seed"])
     assigner = WAYS[run["way"]](head)
     criterion: nn.Module = LOSSES[run["loss"]](assigner)
-    optimizer, steps = train.build_optimizer(args, head), len(labels) // args.batch_size
-    for epoch in range(args.epochs):
-        head.train()
-        order = torch.randperm(len(labels))[: steps * args.batch_size].split(args.batch_size)
-        for index, chosen in enumerate(order):
-            for group in optimizer.param_groups:
-                group["lr"] = train.learning_rate(args, epoch + (index + 0.5) / steps)
-            criterion(head(rows[chosen]), labels[chosen]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        assigner.step()
+    grid.train_on_features(head, assigner, criterion, train.build_optimizer(args, head), samples[0], args)
     return head.eval()(held_out), truth
 
 
@@ -133,9 +120,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
     keys = ("suite", "way", "loss", "dim", "rate", "seed")
-    done = [{key: line[key] for key in keys} for line in map(json.loads, lines)]
+    done = [{key: line[key] for key in keys} for line in cifar100.results_of("rematching")]
     if arguments.suite == "scratch":
         data, make = grid.scratch_loaders(arguments.data), train_from_scratch
     else:

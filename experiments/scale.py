@@ -94,14 +94,19 @@ def scratch_loaders(data: Path) -> Loaders:
     return Loaders(make(parts[0], True), make(parts[0], False), None, make(parts[1], False), len(parts[0].labels))
 
 
-def train_from_scratch(run: dict[str, Any], loaders: Loaders) -> dict[str, Any]:
-    """Train.py's network and schedule; what was reached."""
+def make_trainer(run: dict[str, Any], loaders: Loaders, scale: float | None = None) -> train.Trainer:
+    """Train.py's network and schedule."""
     args = train.parse_arguments(["DATA", *FLAGS.format(**run).split()])
-    args.scale = given_scale(run)
+    args.scale = scale
     args.num_classes = NUM_CLASSES
     loaders.train.augment_seed = run["seed"]
     train.seed_everything(run["seed"])
-    trainer = train.Trainer(args, train.build_model(args), loaders, torch.device("cpu"))
+    return train.Trainer(args, train.build_model(args), loaders, torch.device("cpu"))
+
+
+def train_from_scratch(run: dict[str, Any], loaders: Loaders) -> dict[str, Any]:
+    """What was reached by train.py's network and schedule."""
+    trainer = make_trainer(run, loaders, given_scale(run))
     if run["scale"] == "learned":
         trainer.criterion = LearnedScale(trainer.assigner)
         trainer.optimizer.add_param_group({"params": trainer.criterion.parameters(), "weight_decay": 0.0})
@@ -136,6 +141,20 @@ def train_head(run: dict[str, Any], samples: list[tuple[Tensor, Tensor]]) -> dic
     optimizer = train.build_optimizer(args, head)
     if learns:
         optimizer.add_param_group({"params": criterion.log_scale, "weight_decay": 0.0})
+    history, moved = train_on_features(head, assigner, criterion, optimizer, samples[0], args)
+    return summary(head.eval()(held_out), truth, history, moved, criterion)
+
+
+def train_on_features(
+    head: nn.Module,
+    assigner: hyperproto.DynamicAssigner,
+    criterion: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    samples: tuple[Tensor, Tensor],
+    args: argparse.Namespace,
+) -> tuple[list[float], list[int]]:
+    """Train a head on features (N, F) and labels (N,): of each epoch the mean loss, and how many labels moved."""
+    rows, labels = samples
     history, moved, steps = [], [], len(labels) // args.batch_size
     for epoch in range(args.epochs):
         head.train()
@@ -151,7 +170,7 @@ def train_head(run: dict[str, Any], samples: list[tuple[Tensor, Tensor]]) -> dic
             total += float(loss.detach())
         history.append(total / steps)
         moved.append(assigner.step().changed)
-    return summary(head.eval()(held_out), truth, history, moved, criterion)
+    return history, moved
 
 
 def given_scale(run: dict[str, Any]) -> float | None:
