@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SEED = 0
-#: At most half an hour on two cores.
+#: Meant for half an hour on two cores.
 SAMPLE = 300
 
 
