@@ -409,6 +409,7 @@ def test_models_of_timm(name):
     heads = list(get_heads(model).values())
     if len(heads) > 1:
         assert not torch.equal(heads[0].projection[0].weight, heads[1].projection[0].weight)
+        assert heads[0].logit_scale == heads[1].logit_scale  # or one could not read what the model returns
         with pytest.raises(ArgumentError, match=r"with one head, got 2, at head, head_dist\."):
             compress_head(model, loader, dim=2)
     else:
@@ -636,6 +637,7 @@ def test_labels_without_samples():
     assert fit.unseen == (4, 5)
     assert compress_head(model, batched(features[present], labels[present]), dim=3).unseen == (4, 5)
     check_bank(model[0].bank)
+    assert float(model[0].class_prototypes[4] @ model[0].class_prototypes[5]) < 0.9  # which nothing brings together
     assert float((model(features[present]).argmax(dim=1) == labels[present]).float().mean()) > 0.4
 
 

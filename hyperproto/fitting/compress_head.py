@@ -120,8 +120,9 @@ def class_vector_task(
     asks_present: bool,
 ) -> Task:
     """Projection and class vectors of D dimensions for the features that reach a model's only head."""
-    start = partial(start_with_free_vectors, dim=dim, seen=features.scatters[0].labels)
-    return Task(0, dim, present, start, stand_in, asks_present, fixed_vectors=False, intercept=True)
+    seen = features.scatters[0].labels
+    start = partial(start_with_free_vectors, dim=dim, seen=seen)
+    return Task(0, dim, present, start, stand_in, asks_present, free_vectors=seen.to(features.device), intercept=True)
 
 
 def put_in(model: nn.Module, name: str, fit: Fit, features: HeldFeatures) -> HeadFit:

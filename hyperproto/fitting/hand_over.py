@@ -10,17 +10,23 @@ from torch import Tensor
 
 from hyperproto.fitting.lbfgs import Samples
 from hyperproto.fitting.teacher import Teacher
+from hyperproto.fitting.temperature import SCALE_BOUNDS
 from hyperproto.fitting.unit_head import UnitHead
 
-#: Of the cosines, while answers are handed on. Between 6 and 12 accuracies differ by half a point: the smaller ones are
-#: better in few dimensions, where class vectors are close to each other, the larger ones in many.
-SCALE = 8.0
+#: Scale of the cosines while answers are handed on, as a share of the teacher's own. With more of it a head follows the
+#: teacher further than is good, on few samples; with less it cannot say what a teacher of many samples says.
+SHARE_OF_SCALE = 0.75
 
 #: Iterations: what is not reached by then is not worth having.
 MOST_ITERATIONS = 30
 
 #: Singular values of centred prototypes below this share of the largest one are rounding of float32.
 SMALLEST_SPANNING = 1e-5
+
+
+def scale_for(teacher: Teacher, samples: Samples) -> float:
+    """The scale of the cosines at which a teacher's answers are handed on."""
+    return min(max(SCALE_BOUNDS[0], SHARE_OF_SCALE * teacher.scale(samples)), SCALE_BOUNDS[1])
 
 
 def hand_over(
@@ -31,7 +37,7 @@ def hand_over(
     *,
     scale: float,
     iterations: int,
-    fixed_vectors: bool,
+    free_vectors: Tensor,
     intercept: bool,
 ) -> UnitHead:
     r"""A head whose answers are the teacher's, as far as unit vectors can give them.
@@ -48,22 +54,25 @@ def hand_over(
         log_prior: (C,) added to the logits of both.
         scale: s.
         iterations: at most so many.
-        fixed_vectors: W stays as it is.
+        free_vectors: (S,) int64, rows of W that are fitted. Those of labels without samples stay where they are: all
+            that a fit knows of them is that they are away from the data, and it would bring them together.
         intercept: whether a is free, or stays as it is.
     """
-    matrix, offset, vectors = (each.clone() for each in (start.matrix, start.offset, start.vectors))
-    fitted = replace(start, matrix=matrix, offset=offset, vectors=vectors)
-    parameters = [matrix, *([offset] if intercept else []), *([] if fixed_vectors else [vectors])]
+    matrix, offset, free = start.matrix.clone(), start.offset.clone(), start.vectors[free_vectors]
+    parameters = [matrix, *([offset] if intercept else []), *([free] if len(free) else [])]
+
+    def fitted() -> UnitHead:
+        return replace(start, matrix=matrix, offset=offset, vectors=start.vectors.index_copy(0, free_vectors, free))
 
     def loss(features: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad():
             answers = (teacher.logits(features) + log_prior).softmax(dim=1)
-        return F.cross_entropy(scale * fitted.cosines(features) + log_prior, answers, reduction="none")
+        return F.cross_entropy(scale * fitted().cosines(features) + log_prior, answers, reduction="none")
 
     for parameter in parameters:
         parameter.requires_grad_(True)
     samples.descend(loss, parameters, iterations=iterations, at_a_time=iterations, smallest_gain=0.0)
-    return replace(start, matrix=matrix.detach(), offset=offset.detach(), vectors=vectors.detach())
+    return replace(start, matrix=matrix.detach(), offset=offset.detach(), vectors=fitted().vectors.detach())
 
 
 def start_with_free_vectors(teacher: Teacher, dim: int, seen: Tensor) -> UnitHead:

@@ -62,13 +62,15 @@ def refit_head(
 
     Memory: all features, 4 N F bytes, and 40 copies of a projection, where the head is. Modes, hooks, gradients and
     the global generator are as before afterwards; batch norm keeps its running statistics. Several heads in one model
-    are fitted one by one. Under torch.distributed every rank must call it, each with its share of the data, before
-    fully_shard; all take rank 0's buffers first, as DistributedDataParallel does, and arrive at the same head.
+    are fitted one by one, and take the first one's `logit_scale`. Under torch.distributed every rank must call it, each
+    with its share of the data, before fully_shard; all take rank 0's buffers first, as DistributedDataParallel does,
+    and arrive at the same head.
 
     Args:
         model: a converted model, bare or wrapped, or a head (whose inputs the batches are then).
         loader: as for `fit_head`, with labels, not soft targets: the training data, without augmentation.
-        scale: s > 0, of the cosines, and the heads' `logit_scale` afterwards. None: s is 8, and `logit_scale` is the
+        scale: s > 0, of the cosines, and the heads' `logit_scale` afterwards. None: s is three quarters of
+            the classifier's own (the mean length of U x times that of the label's row of V), and `logit_scale` is the
             one at which held-out samples are as often right as they are sure.
         iterations: at most so many of L-BFGS for each penalty, at least 1; each costs one or two passes over the
             features.
@@ -119,7 +121,8 @@ def refit_head(
             if fit.is_new:
                 head.projection.load_state_dict(state)
                 share_state_(head.projection, process_group=process_group)
-                share_first_(head.logit_scale.fill_(fit.logit_scale), process_group=process_group)
+            if fits[0].is_new:  # heads of one model have one scale
+                share_first_(head.logit_scale.fill_(fits[0].logit_scale), process_group=process_group)
     return features.report(heads[0], fits[0].held_out)
 
 
@@ -132,7 +135,7 @@ def _fit(head: HypersphericalHead, features: HeldFeatures, index: int, options: 
         start=partial(start_with_prototypes, class_prototypes=prototypes, intercept=intercept),
         stand_in=partial(least_squares, class_prototypes=prototypes, intercept=intercept),
         asks_present=True,
-        fixed_vectors=True,
+        free_vectors=torch.zeros(0, dtype=torch.int64, device=prototypes.device),
         intercept=intercept,
     )
     return fit_unit_head(features, task, options)

@@ -52,6 +52,15 @@ class Teacher:
         with full_precision(rows.device):
             return F.linear(rows, self.vectors, self.bias)
 
+    def scale(self, samples: Samples) -> float:
+        """What it multiplies cosines by: the length of U x times that of the label's class vector, in the mean."""
+        lengths = self.vectors.norm(dim=1)
+
+        def product(features: Tensor, labels: Tensor) -> Tensor:
+            return self.coordinates.project(features, self.matrix).norm(dim=1) * lengths[labels]
+
+        return samples.mean(product)
+
 
 def find_teacher(
     start: Teacher, fit: Samples, held_out: Samples | None, log_prior: Tensor, *, iterations: int

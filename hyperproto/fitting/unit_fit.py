@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from hyperproto.errors import ArgumentError
 from hyperproto.fitting.data import FitOptions, HeldFeatures
-from hyperproto.fitting.hand_over import MOST_ITERATIONS, SCALE, hand_over
+from hyperproto.fitting.hand_over import MOST_ITERATIONS, hand_over, scale_for
 from hyperproto.fitting.lbfgs import Samples
 from hyperproto.fitting.report import HeldOut
 from hyperproto.fitting.teacher import Teacher, find_teacher, first_teacher, refined
@@ -33,7 +34,7 @@ class Task:
         stand_in: a closed form that is judged in the place of what there is, where this was fitted to the judges.
         asks_present: whether what there is may be judged itself. Few components of a head that was fitted to the judges
             do no better on them than one that was not, and worse on others.
-        fixed_vectors: whether its class vectors stay as they are.
+        free_vectors: (S,) int64, labels whose class vectors are fitted; the others stay as they are.
         intercept: whether its projection has a free one.
     """
 
@@ -43,7 +44,7 @@ class Task:
     start: Callable[[Teacher], UnitHead]
     stand_in: Callable[[Samples, Coordinates], UnitHead]
     asks_present: bool
-    fixed_vectors: bool
+    free_vectors: Tensor
     intercept: bool
 
 
@@ -70,7 +71,8 @@ class Fit:
 def fit_unit_head(features: HeldFeatures, task: Task, options: FitOptions) -> Fit:
     """A head that gives a teacher's answers, or the present one where these are no better on held-out samples.
 
-    Penalty and `logit_scale` are chosen on the held-out samples. The fit is then made once more with them.
+    Penalty and `logit_scale` are chosen on the held-out samples, the scale of the cosines meanwhile by the teacher. The
+    fit is then made once more with them.
 
     Args:
         features: that reach the heads.
@@ -80,7 +82,7 @@ def fit_unit_head(features: HeldFeatures, task: Task, options: FitOptions) -> Fi
     Raises:
         ArgumentError: the features are too large or too small for float32.
     """
-    scale, iterations, log_prior = options
+    given_scale, iterations, log_prior = options
     alike = log_prior is None
     fitted_to, everything = (part(task.index, classes_alike=alike) for part in (features.fitted_to, features.all))
     held_out = features.held_out(task.index)
@@ -94,22 +96,24 @@ def fit_unit_head(features: HeldFeatures, task: Task, options: FitOptions) -> Fi
             "them, or normalise in front of the head."
         )
 
+    first = first_teacher(coordinates, fitted_to, num_classes, task.rank)
+    teacher = find_teacher(first, fitted_to, held_out, prior, iterations=iterations)
+    scale = scale_for(teacher, fitted_to) if given_scale is None else given_scale
+
     def pupil(teacher: Teacher, samples: Samples) -> UnitHead:
         return hand_over(
             teacher,
             task.start(teacher),
             samples,
             prior,
-            scale=SCALE if scale is None else scale,
+            scale=scale,
             iterations=min(iterations, MOST_ITERATIONS),
-            fixed_vectors=task.fixed_vectors,
+            free_vectors=task.free_vectors,
             intercept=task.intercept,
         )
 
-    first = first_teacher(coordinates, fitted_to, num_classes, task.rank)
-    teacher = find_teacher(first, fitted_to, held_out, prior, iterations=iterations)
     if held_out is None:
-        return Fit(pupil(teacher, fitted_to), SCALE if scale is None else scale, None)
+        return Fit(pupil(teacher, fitted_to), scale, None)
     present, unseen = score(before, held_out), score(pupil(teacher, fitted_to), held_out)
     final = pupil(refined(teacher, everything, prior, iterations=iterations), everything)
     seen = score(final, held_out)
@@ -128,11 +132,8 @@ def fit_unit_head(features: HeldFeatures, task: Task, options: FitOptions) -> Fi
         is_better=math.isfinite(seen.log_loss) and is_better,
     )
     head, reached = (final, unseen) if report.is_better else (before, present)
-    if scale is None:
-        scale = (
-            SCALE if reached.logit_scale in SCALE_BOUNDS else reached.logit_scale
-        )  # at a bound nothing speaks for any
-    return Fit(head, scale, report)
+    speaks = given_scale is None and reached.logit_scale not in SCALE_BOUNDS  # at a bound nothing speaks for any
+    return Fit(head, reached.logit_scale if speaks else scale, report)
 
 
 def has_seen(present: float, unseen: float, seen: float, num_samples: int) -> bool:
