@@ -4,8 +4,10 @@
 
 tf_efficientnet_lite0 from ImageNet on CIFAR-100 at 112 px, 45 images of each class, the first 40 test images of each.
 What comes before the last two stages is frozen and computed once; those stages and the head train for 4 epochs of
-AdamW (1e-3, weight decay 0.05, cosine, batches of 64), with no crops or flips. Five more images of each class choose
-penalties and temperatures. A seed draws the images, their order and what starts at random.
+AdamW (weight decay 0.05, cosine, batches of 64), with no crops or flips. Five more images of each class choose
+penalties and temperatures, and twenty more the learning rate: with the first seed each method climbs from 1e-3 by
+factors of two to the rate whose neighbours are both worse, which the other seeds take. A seed draws the images, their
+order and what starts at random.
 
 MOSAICS is a folder with the files that mosaics.py tells of, LITE0.pth the file that pretrained.py tells of. A line of
 JSON for each run goes to experiments/results/finetune.jsonl as it ends; runs that are there are not made again. A run
@@ -16,7 +18,8 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +41,12 @@ import hyperproto
 RESULTS = cifar100.HERE / "results" / "finetune.jsonl"
 NUM_CLASSES = 100
 
-#: Images of each class: to train on, held out, of the test set.
-TRAINED, HELD_OUT, TESTED = 45, 5, 40
+SEEDS = (0, 1, 2)
 
-EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 4, 64, 1e-3, 0.05
+#: Images of each class: to train on, held out, to choose the learning rate by, of the test set.
+TRAINED, HELD_OUT, JUDGES, TESTED = 45, 5, 20, 40
+
+EPOCHS, BATCH_SIZE, FIRST_RATE, WEIGHT_DECAY = 4, 64, 1e-3, 0.05
 
 #: How many of the backbone's stages are frozen.
 FROZEN = 5
@@ -53,25 +58,60 @@ NARROW = (
     "two-factor softmax, from its penalised probe",
     "published pull, from class vectors",
     "published pull, from fit_head",
+    "published pull, from refit_head",
 )
 
 #: Maps that reach the stages that train, or features, and their labels.
 Samples = tuple[Tensor, Tensor]
 
+#: Method and dimension.
+Cell = tuple[str, int | None]
 
-def runs() -> Iterator[dict[str, Any]]:
-    """Method, dimension and seed, in order of worth."""
+
+def cells() -> Iterator[list[Cell]]:
+    """All methods and dimensions, those first that matter most."""
     for wide, narrow in ((WIDE[:1], NARROW[:2]), (WIDE[1:], NARROW[2:])):
-        for seed in range(3):
-            yield from ({"method": method, "dim": None, "seed": seed} for method in wide)
-            yield from ({"method": method, "dim": dim, "seed": seed} for dim in DIMS for method in narrow)
+        yield [*((method, None) for method in wide), *((method, dim) for dim in DIMS for method in narrow)]
+
+
+def runs(lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Method, dimension, seed and learning rate of each run that is missing; `lines` grows by its result meanwhile."""
+    for group in cells():
+        for seed in SEEDS:
+            for cell in group:
+                while (rate := missing_rate(cell, seed, lines)) is not None:
+                    yield {"method": cell[0], "dim": cell[1], "seed": seed, "rate": rate}
+
+
+def missing_rate(cell: Cell, seed: int, lines: Iterable[dict[str, Any]]) -> float | None:
+    """The learning rate that a method is to be tried with next, in the light of all that was tried."""
+    own = [line for line in lines if (line["method"], line["dim"]) == cell]
+    if seed != SEEDS[0]:
+        rate = best_rate(own)
+        return None if any((line["seed"], line["rate"]) == (seed, rate) for line in own) else rate
+    tried = {line["rate"] for line in own if line["seed"] == seed}
+    wanted = (2 * best_rate(own), best_rate(own) / 2) if own else (FIRST_RATE,)
+    return next((rate for rate in wanted if rate not in tried), None)
+
+
+def best_rate(lines: Iterable[dict[str, Any]]) -> float:
+    """The rate of one method with which the images that choose it were most often right, with the first seed."""
+    return max((line for line in lines if line["seed"] == SEEDS[0]), key=lambda line: line["judged_top1"])["rate"]
+
+
+def chosen(lines: Iterable[dict[str, Any]]) -> dict[Cell, list[dict[str, Any]]]:
+    """Of the lines of each method, those with its best rate."""
+    found: dict[Cell, list[dict[str, Any]]] = defaultdict(list)
+    for line in lines:
+        found[line["method"], line["dim"]].append(line)
+    return {cell: [line for line in own if line["rate"] == best_rate(own)] for cell, own in found.items()}
 
 
 class Data:
     """The images of a seed, as the frozen stages leave them.
 
     Attributes:
-        fit, held_out, test: maps (N, C, H, W) that reach the stages that train, and labels (N,).
+        fit, held_out, judges, test: maps (N, C, H, W) that reach the stages that train, and labels (N,).
         features: of `fit` and `held_out`, as the whole pretrained backbone has them.
     """
 
@@ -79,16 +119,18 @@ class Data:
         generator = np.random.default_rng(seed)
         places = [generator.permutation(np.flatnonzero(splits[0].labels == label)) for label in range(NUM_CLASSES)]
         tested = [np.flatnonzero(splits[1].labels == label)[:TESTED] for label in range(NUM_CLASSES)]
+        first, second, third = TRAINED, TRAINED + HELD_OUT, TRAINED + HELD_OUT + JUDGES
         kept = {
-            "fit": select(splits[0], np.concatenate([own[:TRAINED] for own in places])),
-            "held_out": select(splits[0], np.concatenate([own[TRAINED : TRAINED + HELD_OUT] for own in places])),
+            "fit": select(splits[0], np.concatenate([own[:first] for own in places])),
+            "held_out": select(splits[0], np.concatenate([own[first:second] for own in places])),
+            "judges": select(splits[0], np.concatenate([own[second:third] for own in places])),
             "test": select(splits[1], np.concatenate(tested)),
         }
         frozen, tuned = load_stages(weights)
         maps = {
             part: (features_of(frozen, split.images), torch.from_numpy(split.labels)) for part, split in kept.items()
         }
-        self.fit, self.held_out, self.test = (maps[part] for part in ("fit", "held_out", "test"))
+        self.fit, self.held_out, self.judges, self.test = (maps[part] for part in kept)
         with torch.no_grad():
             self.features = {
                 part: (torch.cat([tuned.eval()(batch) for batch in maps[part][0].split(100)]), maps[part][1])
@@ -146,6 +188,8 @@ def build(run: dict[str, Any], data: Data, tuned: nn.Module) -> tuple[nn.Module,
     hyperproto.convert_model(tuned, dim=dim, seed=run["seed"])
     loader = list(zip(data.fit[0].split(100), data.fit[1].split(100), strict=True))
     hyperproto.fit_head(tuned, loader, bank="class-vectors" if method.endswith("class vectors") else None)
+    if method.endswith("refit_head"):
+        hyperproto.refit_head(tuned, loader)
     assigner = hyperproto.DynamicAssigner(tuned)
     if method.startswith("cross-entropy"):
         criterion = hyperproto.PrototypeCrossEntropyLoss(assigner)
@@ -160,7 +204,7 @@ def train_run(run: dict[str, Any], data: Data, weights: Path) -> dict[str, Any]:
     model, criterion, told = build(run, data, load_stages(weights)[1])
     start_seconds = time.perf_counter() - started
     before = accuracy(*predict(model, data.test))
-    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, WEIGHT_DECAY), LEARNING_RATE)
+    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, WEIGHT_DECAY), run["rate"])
     maps, labels = data.fit
     num_steps, step, moved, history = EPOCHS * (len(labels) // BATCH_SIZE), 0, [], []
     for _ in range(EPOCHS):
@@ -170,7 +214,7 @@ def train_run(run: dict[str, Any], data: Data, weights: Path) -> dict[str, Any]:
             if len(chosen) < BATCH_SIZE:
                 continue
             for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * (1.0 + math.cos(math.pi * (step + 0.5) / num_steps)) / 2.0
+                group["lr"] = run["rate"] * (1.0 + math.cos(math.pi * (step + 0.5) / num_steps)) / 2.0
             batch = maps[chosen].contiguous(memory_format=torch.channels_last)
             loss = criterion(model(batch), labels[chosen])
             loss.backward()
@@ -187,6 +231,7 @@ def train_run(run: dict[str, Any], data: Data, weights: Path) -> dict[str, Any]:
     return {
         **{key: figures[key] for key in ("top1", "top5", "calibration_error", "calibration_error_fitted")},
         "calibration_error_matched": matched["calibration_error_fitted"],
+        "judged_top1": accuracy(*predict(model, data.judges)),
         "start_top1": before,
         **told,
         "loss": history,
@@ -228,17 +273,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    lines = arguments.results.read_text().splitlines() if arguments.results.exists() else []
-    done = [{key: result[key] for key in ("method", "dim", "seed")} for result in map(json.loads, lines)]
+    text = arguments.results.read_text() if arguments.results.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines()]
     splits = read_mosaics(arguments.data)
     data: Data | None = None
     seed = None
-    for run in runs():
-        if run in done:
-            continue
+    for run in runs(lines):
         if run["seed"] != seed:
             seed, data = run["seed"], Data(splits, arguments.weights, run["seed"])
         line = {**run, **train_run(run, data, arguments.weights)}
+        lines.append(line)
         with arguments.results.open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(f"{run}: {line['start_top1']:.1f}, then {line['top1']:.1f} in {line['seconds']:.0f} s", flush=True)

@@ -150,22 +150,24 @@ def scale_table(suite: str) -> str:
 
 def finetuned_table() -> str:
     """One row for each method and dimension, with the difference to full softmax on the same test images."""
-    found: dict[tuple[int | None, str], dict[int, dict[str, Any]]] = defaultdict(dict)
-    for line in cifar100.results_of("finetune"):
-        found[line["dim"], line["method"]][line["seed"]] = line
-    peers = found[None, finetune.WIDE[0]]
-    header = ["D", "method", "n", "before training", "accuracy", "less than full softmax"]
+    found = {
+        cell: {line["seed"]: line for line in lines}
+        for cell, lines in finetune.chosen(cifar100.results_of("finetune")).items()
+    }
+    peers = found[finetune.WIDE[0], None]
+    header = ["D", "method", "rate", "n", "before training", "accuracy", "less than full softmax"]
     header += ["calibration by likelihood", "by confidence"]
     keys = ("start_top1", "top1", "calibration_error_fitted", "calibration_error_matched")
     rows = [header, ["---"] * len(header)]
     for dim, methods in ((None, finetune.WIDE), *((dim, finetune.NARROW) for dim in finetune.DIMS)):
         for method in methods:
-            lines = found.get((dim, method), {})
+            lines = found.get((method, dim), {})
             if not lines:
                 continue
+            rate = f"{lines[finetune.SEEDS[0]]['rate']:.1e}"
             figures = [shown(list(lines.values()), key) for key in keys]
             gap = difference([(lines[seed], peers[seed]) for seed in lines if seed in peers and lines != peers])
-            rows.append([str(dim or 1280), method, str(len(lines)), *figures[:2], gap, *figures[2:]])
+            rows.append([str(dim or 1280), method, rate, str(len(lines)), *figures[:2], gap, *figures[2:]])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
@@ -230,9 +232,7 @@ def overview() -> Iterator[tuple[str, int, list[list[dict[str, Any]]]]]:
             names = ("softmax of rank D", "trained from class vectors", "class vectors")
             own = [frozen[images, name, dim] for name in names]
             yield f"frozen, {images} images a class", dim, [frozen[images, "softmax", 100], *own]
-    tuned: dict[Any, list[dict[str, Any]]] = defaultdict(list)
-    for line in cifar100.results_of("finetune"):
-        tuned[line["method"], line["dim"]].append(line)
+    tuned = finetune.chosen(cifar100.results_of("finetune"))
     for dim in DIMS:
         own = [tuned[finetune.NARROW[1], dim], tuned[finetune.NARROW[0], dim]]
         yield f"fine-tuned, {finetune.TRAINED} images a class", dim, [tuned[finetune.WIDE[0], None], *own, []]

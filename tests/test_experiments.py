@@ -1,5 +1,6 @@
 """experiments/: runs that are listed can be made, results belong to them, and the page shows what they say."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -119,15 +120,39 @@ def test_mean_and_deviation_by_hand():
     [
         ("scale", [*scale.runs("scratch"), *scale.runs("frozen")]),
         ("rematching", [*rematching.runs("scratch"), *rematching.runs("frozen")]),
-        ("finetune", list(finetune.runs())),
     ],
-    ids=["scale", "rematching", "finetune"],
+    ids=["scale", "rematching"],
 )
 def test_every_line_is_that_of_one_run(name, listed):
     found = [{key: line[key] for key in listed[0]} for line in cifar100.results_of(name)]
     assert found
     assert all(run in listed for run in found)
     assert all(group.count(run) == 1 for group in (listed, found) for run in group)
+
+
+def test_fine_tuning_climbs_to_the_rate_that_the_images_beside_choose():
+    cells = [cell for group in finetune.cells() for cell in group]
+    best = {cell: 1e-3 * 2.0 ** (number % 4 - 1) for number, cell in enumerate(cells)}
+    lines = []
+    for run in finetune.runs(lines):
+        lines.append({**run, "judged_top1": -abs(math.log(run["rate"] / best[run["method"], run["dim"]]))})
+    chosen = finetune.chosen(lines)
+    for cell, rate in best.items():
+        assert [(line["seed"], line["rate"]) for line in chosen[cell]] == [(0, rate), (1, rate), (2, rate)]
+        tried = {line["rate"] for line in lines if (line["method"], line["dim"]) == cell}
+        assert {rate / 2, rate, 2 * rate} <= tried
+    assert not list(finetune.runs(lines))
+
+
+def test_every_line_of_fine_tuning_is_one_that_was_asked_for():
+    lines = cifar100.results_of("finetune")
+    assert lines
+    known = []
+    for line in lines:  # in their order, and the others in any
+        cell = line["method"], line["dim"]
+        assert cell in {cell for group in finetune.cells() for cell in group}
+        assert finetune.missing_rate(cell, line["seed"], known) == line["rate"]
+        known.append(line)
 
 
 def test_a_difference_and_its_error_by_hand():

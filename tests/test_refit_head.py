@@ -41,13 +41,13 @@ from hyperproto import (
 )
 from hyperproto.affine import affine
 from hyperproto.conversion.channels import ChannelsFirstHead
-from hyperproto.fitting import data
+from hyperproto.fitting import data, unit_fit
 from hyperproto.fitting.closed_form import least_squares
 from hyperproto.fitting.components import principal_components
 from hyperproto.fitting.hand_over import start_with_prototypes
 from hyperproto.fitting.held_out import held_out, sample_keys
 from hyperproto.fitting.lbfgs import Samples
-from hyperproto.fitting.teacher import first_teacher, refined
+from hyperproto.fitting.teacher import find_teacher, first_teacher, refined
 from hyperproto.fitting.unit_head import Coordinates, Score
 from hyperproto.testing import SEEDS, check_assignment, check_bank
 
@@ -152,6 +152,26 @@ def test_the_teacher_is_the_penalised_softmax():
             assert objective(weight + step[0], bias + step[1]) > reached - 1e-6
     for share_of_it in (0.9, 0.99, 1.01, 1.1):
         assert objective(share_of_it * weight, bias) > reached
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_answers_are_handed_on_at_three_quarters_of_the_teachers_scale(compress, monkeypatch):
+    teachers = []
+
+    def find(*args, **options):
+        teachers.append(find_teacher(*args, **options))
+        return teachers[-1]
+
+    monkeypatch.setattr(unit_fit, "find_teacher", find)
+    features, labels = clouds(6, 8, per_class=5)  # too few to hold any out: what is handed on is the scale that is left
+    model = nn.Sequential(make_head(6, 8, 6))
+    fit = partial(compress_head, dim=4) if compress else refit_head
+    assert fit(model, batched(features, labels)).held_out is None
+    [teacher] = teachers
+    x = (features - teacher.coordinates.centre).double().numpy() * teacher.coordinates.inverse_spread
+    lengths = np.linalg.norm(x @ teacher.matrix.double().numpy().T, axis=1)
+    lengths *= np.linalg.norm(teacher.vectors.double().numpy(), axis=1)[labels.numpy()]
+    assert float(model[0].logit_scale) == pytest.approx(0.75 * lengths.mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize("dim", [5, 6, 8])
