@@ -45,6 +45,10 @@ SCALES = ("default", 4.0, 16.0, 9.1, 6.5, 1.0, 24.0, "learned")
 #: Of SGD; like the scales, the most telling first.
 RATES = (0.2, 0.4, 0.8, 0.1)
 
+#: What is near the default from scratch, at its best rate, and more seeds of it: scale, rate, dimension.
+NEAR = ((9.1, 0.2, 100), (16.0, 0.2, 100), ("learned", 0.1, 100), ("default", 0.1, 50), ("learned", 0.1, 50))
+MORE_SEEDS = (1, 2)
+
 FLAGS = (
     "--head dl2pa --refit 0 --model cifar_resnet8 --epochs 5 --precision bf16 --holdout 0 --device cpu "
     "--dim {dim} --lr {rate} --seed {seed}"
@@ -77,6 +81,9 @@ def runs(suite: str) -> Iterator[dict[str, Any]]:
             for dim in DIMS:
                 if (scale, dim) != ("default", NUM_CLASSES):  # which is 9.1
                     yield {"suite": suite, "scale": scale, "rate": rate, "dim": dim, "seed": 0}
+    for seed in MORE_SEEDS if suite == "scratch" else ():
+        for scale, rate, dim in NEAR:
+            yield {"suite": suite, "scale": scale, "rate": rate, "dim": dim, "seed": seed}
 
 
 def scratch_loaders(data: Path) -> Loaders:

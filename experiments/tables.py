@@ -133,7 +133,7 @@ def scale_table(suite: str) -> str:
     """Of each scale and dimension the accuracy at the best learning rate, and that rate."""
     found: dict[tuple[float | str, int], dict[float, float]] = defaultdict(dict)
     for line in cifar100.results_of("scale"):
-        if line["suite"] == suite:
+        if line["suite"] == suite and line["seed"] == 0:
             found[line["scale"], line["dim"]][line["rate"]] = line["top1"]
     found["default", cifar100.NUM_CLASSES] = found[9.1, cifar100.NUM_CLASSES]
     given = sorted(scale for scale in scale_grid.SCALES if isinstance(scale, float))
@@ -145,6 +145,16 @@ def scale_table(suite: str) -> str:
             best = max(accuracies, key=lambda rate: accuracies[rate], default=None)
             cells.append("-" if best is None else f"{accuracies[best]:.1f} ({best:g})")
         rows.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def scale_seeds_table() -> str:
+    """What is near the default from scratch, over seeds."""
+    rows = [["D", "scale", "rate", "n", "accuracy"], ["---"] * 5]
+    for scale, rate, dim in scale_grid.NEAR:
+        run = {"suite": "scratch", "scale": scale, "rate": rate, "dim": dim}
+        lines = [line for line in cifar100.results_of("scale") if run.items() <= line.items()]
+        rows.append([str(dim), str(scale), f"{rate:g}", str(len(lines)), shown(lines, "top1")])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
@@ -232,7 +242,7 @@ def overview() -> Iterator[tuple[str, int, list[list[dict[str, Any]]]]]:
             names = ("softmax of rank D", "trained from class vectors", "class vectors")
             own = [frozen[images, name, dim] for name in names]
             yield f"frozen, {images} images a class", dim, [frozen[images, "softmax", 100], *own]
-    tuned = finetune.chosen(cifar100.results_of("finetune"))
+    tuned = defaultdict(list, finetune.chosen(cifar100.results_of("finetune")))
     for dim in DIMS:
         own = [tuned[finetune.NARROW[1], dim], tuned[finetune.NARROW[0], dim]]
         yield f"fine-tuned, {finetune.TRAINED} images a class", dim, [tuned[finetune.WIDE[0], None], *own, []]
@@ -294,6 +304,7 @@ def main() -> None:
         put(SCRATCH, suite, table(suite))
     for suite in ("scratch", "frozen"):
         put(SCALES, suite, scale_table(suite))
+    put(SCALES, "seeds", scale_seeds_table())
     put(PRETRAINED, "finetuned", finetuned_table())
     put(PRETRAINED, "frozen", frozen_table("top1", FROZEN))
     put(PRETRAINED, "frozen calibration", frozen_table("calibration_error", FROZEN[:5]))

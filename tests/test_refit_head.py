@@ -154,8 +154,8 @@ def test_the_teacher_is_the_penalised_softmax():
         assert objective(share_of_it * weight, bias) > reached
 
 
-@pytest.mark.parametrize("compress", [False, True])
-def test_answers_are_handed_on_at_three_quarters_of_the_teachers_scale(compress, monkeypatch):
+@pytest.mark.parametrize(("compress", "num_classes"), [(False, 60), (True, 60), (True, 6)])
+def test_answers_are_handed_on_at_three_quarters_of_the_teachers_scale(compress, num_classes, monkeypatch):
     teachers = []
 
     def find(*args, **options):
@@ -163,15 +163,17 @@ def test_answers_are_handed_on_at_three_quarters_of_the_teachers_scale(compress,
         return teachers[-1]
 
     monkeypatch.setattr(unit_fit, "find_teacher", find)
-    features, labels = clouds(6, 8, per_class=5)  # too few to hold any out: what is handed on is the scale that is left
-    model = nn.Sequential(make_head(6, 8, 6))
+    # Too few to hold any out: the scale at which answers are handed on is the one that is left.
+    features, labels = clouds(num_classes, 80, per_class=5)
+    model = nn.Sequential(make_head(num_classes, 80, 6))
     fit = partial(compress_head, dim=4) if compress else refit_head
     assert fit(model, batched(features, labels)).held_out is None
     [teacher] = teachers
     x = (features - teacher.coordinates.centre).double().numpy() * teacher.coordinates.inverse_spread
     lengths = np.linalg.norm(x @ teacher.matrix.double().numpy().T, axis=1)
     lengths *= np.linalg.norm(teacher.vectors.double().numpy(), axis=1)[labels.numpy()]
-    assert float(model[0].logit_scale) == pytest.approx(0.75 * lengths.mean(), rel=1e-5)
+    assert (0.75 * lengths.mean() < 6.0) == (num_classes == 6)
+    assert float(model[0].logit_scale) == pytest.approx(max(6.0, 0.75 * lengths.mean()), rel=1e-5)
 
 
 @pytest.mark.parametrize("dim", [5, 6, 8])

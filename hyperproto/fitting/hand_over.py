@@ -17,6 +17,10 @@ from hyperproto.fitting.unit_head import UnitHead
 #: teacher further than is good, on few samples; with less it cannot say what a teacher of many samples says.
 SHARE_OF_SCALE = 0.75
 
+#: It is never less. Of few samples a teacher is unsure of everything, and a head that is as unsure tells classes apart
+#: less well than it.
+SMALLEST_SCALE = 6.0
+
 #: Iterations: what is not reached by then is not worth having.
 MOST_ITERATIONS = 30
 
@@ -26,7 +30,7 @@ SMALLEST_SPANNING = 1e-5
 
 def scale_for(teacher: Teacher, samples: Samples) -> float:
     """The scale of the cosines at which a teacher's answers are handed on."""
-    return min(max(SCALE_BOUNDS[0], SHARE_OF_SCALE * teacher.scale(samples)), SCALE_BOUNDS[1])
+    return min(max(SMALLEST_SCALE, SHARE_OF_SCALE * teacher.scale(samples)), SCALE_BOUNDS[1])
 
 
 def hand_over(
