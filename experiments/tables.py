@@ -165,7 +165,7 @@ def finetuned_table() -> str:
         for cell, lines in finetune.chosen(cifar100.results_of("finetune")).items()
     }
     peers = found[finetune.WIDE[0], None]
-    header = ["D", "method", "rate", "n", "before training", "accuracy", "less than full softmax"]
+    header = ["D", "method", "rate", "n", "before training", "accuracy", "minus full softmax"]
     header += ["calibration by likelihood", "by confidence"]
     keys = ("start_top1", "top1", "calibration_error_fitted", "calibration_error_matched")
     rows = [header, ["---"] * len(header)]
@@ -176,7 +176,7 @@ def finetuned_table() -> str:
                 continue
             rate = f"{lines[finetune.SEEDS[0]]['rate']:.1e}"
             figures = [shown(list(lines.values()), key) for key in keys]
-            gap = difference([(lines[seed], peers[seed]) for seed in lines if seed in peers and lines != peers])
+            gap = difference([(peers[seed], lines[seed]) for seed in lines if seed in peers and lines != peers])
             rows.append([str(dim or 1280), method, rate, str(len(lines)), *figures[:2], gap, *figures[2:]])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
@@ -190,7 +190,7 @@ def difference(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
         return "-"
     both = np.array([[correct_images(line) for line in pair] for pair in pairs], dtype=float)  # (pairs, 2, images)
     gaps = (both[:, 1] - both[:, 0]).mean(axis=0)
-    return f"{100 * gaps.mean():.1f} ± {100 * gaps.std() / math.sqrt(len(gaps)):.1f}"
+    return f"{100 * gaps.mean():+.1f} ± {100 * gaps.std() / math.sqrt(len(gaps)):.1f}"
 
 
 def correct_images(line: dict[str, Any]) -> np.ndarray:

@@ -158,8 +158,8 @@ def test_every_line_of_fine_tuning_is_one_that_was_asked_for():
 def test_a_difference_and_its_error_by_hand():
     first, second = ({"correct": np.packbits(bits).tobytes().hex()} for bits in ([1, 1, 0, 0] * 2, [1, 1, 1, 0] * 2))
     # One image in four more is right: 25 %, with a deviation of sqrt(0.25 * 0.75) over 8 images.
-    assert tables.difference([(first, second)]) == "25.0 ± 15.3"
-    assert tables.difference([(first, second), (second, first)]) == "0.0 ± 0.0"
+    assert tables.difference([(first, second)]) == "+25.0 ± 15.3"
+    assert tables.difference([(first, second), (second, first)]) == "+0.0 ± 0.0"
     assert tables.difference([]) == "-"
 
 
