@@ -52,7 +52,8 @@ def refit_head(
     classifier of rank D with a penalty on lengths, which means something there, where in a normalised head it does
     nothing. Then its answers are handed on to the prototypes: they say of each sample what all of its like say, so
     that there is nothing to overfit. On a simplex the head ranks as that classifier does. Both by L-BFGS, which has no
-    learning rate and draws nothing: the same data, the same head, in whatever order they come.
+    learning rate and draws nothing: the same batches, the same head. In another order sums round otherwise, and of few
+    samples that is enough to choose another penalty.
 
     The penalty is the one that does best on a tenth of each class that is held out meanwhile (none of classes of fewer
     than six samples; equal samples stay together). Where these do better than with the present head, likelier and no
