@@ -60,6 +60,8 @@ NARROW = (
     "published pull, from fit_head",
     "published pull, from refit_head",
 )
+#: A refit of the default bank comes to nothing in fewer.
+LEAST_REFITTED = 25
 
 #: Maps that reach the stages that train, or features, and their labels.
 Samples = tuple[Tensor, Tensor]
@@ -71,7 +73,15 @@ Cell = tuple[str, int | None]
 def cells() -> Iterator[list[Cell]]:
     """All methods and dimensions, those first that matter most."""
     for wide, narrow in ((WIDE[:1], NARROW[:2]), (WIDE[1:], NARROW[2:])):
-        yield [*((method, None) for method in wide), *((method, dim) for dim in DIMS for method in narrow)]
+        yield [*((method, None) for method in wide), *narrow_cells(narrow)]
+
+
+def narrow_cells(methods: Iterable[str]) -> Iterator[Cell]:
+    """Methods in all dimensions in which they are of use."""
+    for dim in DIMS:
+        for method in methods:
+            if dim >= LEAST_REFITTED or not method.endswith("refit_head"):
+                yield method, dim
 
 
 def runs(lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -325,10 +325,16 @@ def test_features_are_regrouped_to_bound_memory(num_classes, limit, rows, monkey
 
 def test_a_likelier_head_is_better_as_long_as_no_fewer_samples_are_right():
     present = Score(accuracy=0.5, log_loss=1.0, logit_scale=16.0)
-    assert Score(0.5, 0.9, 16.0).is_better_than(present)
-    assert Score(0.6, 0.9, 16.0).is_better_than(present)
-    assert not Score(0.4, 0.9, 16.0).is_better_than(present)
-    assert not Score(0.6, 1.0, 16.0).is_better_than(present)
+    for accuracy, log_loss, is_better in (
+        (0.5, 0.9, True),
+        (0.6, 0.9, True),
+        (0.6, 1.0, False),
+        (0.46, 0.9, True),  # of 100 samples, 5 more or fewer are chance
+        (0.44, 0.9, False),
+    ):
+        assert Score(accuracy, log_loss, 16.0).is_better_than(present, num_samples=100) == is_better
+    assert not Score(0.46, 0.9, 16.0).is_better_than(present, num_samples=1000)
+    assert not Score(0.99, 0.9, 16.0).is_better_than(Score(1.0, 1.0, 16.0), num_samples=10)
 
 
 @pytest.mark.parametrize("fit", [fit_head, partial(refit_head, iterations=2)], ids=["fit_head", "refit_head"])

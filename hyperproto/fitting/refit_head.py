@@ -56,10 +56,10 @@ def refit_head(
     samples that is enough to choose another penalty.
 
     The penalty is the one that does best on a tenth of each class that is held out meanwhile (none of classes of fewer
-    than six samples; equal samples stay together). Where these do better than with the present head, likelier and no
-    fewer right, the fit is made once more with them; else the head stays as it is. Least squares in closed form stand
-    in for a present head that must have been fitted to them. The report says all this. Samples that the backbone was
-    trained on say less than others would.
+    than six samples; equal samples stay together). Where these do better than with the present head, likelier and
+    not fewer right by more than a standard error, the fit is made once more with them; else the head stays as it is.
+    Least squares in closed form stand in for a present head that must have been fitted to them. The report says all
+    this. Samples that the backbone was trained on say less than others would.
 
     Memory: all features, 4 N F bytes, and 40 copies of a projection, where the head is. Modes, hooks, gradients and
     the global generator are as before afterwards; batch norm keeps its running statistics. Several heads in one model

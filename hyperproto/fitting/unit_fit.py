@@ -16,7 +16,7 @@ from hyperproto.fitting.lbfgs import Samples
 from hyperproto.fitting.report import HeldOut
 from hyperproto.fitting.teacher import Teacher, find_teacher, first_teacher, refined
 from hyperproto.fitting.temperature import SCALE_BOUNDS
-from hyperproto.fitting.unit_head import Coordinates, UnitHead, score
+from hyperproto.fitting.unit_head import Coordinates, UnitHead, score, standard_error
 
 #: Apart by less than so many standard errors, accuracies do not differ.
 STANDARD_ERRORS = 3.0
@@ -120,7 +120,7 @@ def fit_unit_head(features: HeldFeatures, task: Task, options: FitOptions) -> Fi
     num_samples = features.num_held_out(task.index)
     was_seen = not task.asks_present or has_seen(present.accuracy, unseen.accuracy, seen.accuracy, num_samples)
     rival = score(task.stand_in(fitted_to, coordinates), held_out) if was_seen else present
-    is_better = unseen.is_better_than(rival) or unseen.is_better_than(present)
+    is_better = any(unseen.is_better_than(other, num_samples=num_samples) for other in (rival, present))
     report = HeldOut(
         num_samples=num_samples,
         accuracy_before=rival.accuracy,
@@ -155,5 +155,4 @@ def has_seen(present: float, unseen: float, seen: float, num_samples: int) -> bo
         >>> has_seen(1.00, unseen=0.95, seen=1.00, num_samples=30)
         False
     """
-    deviation = math.sqrt(max(0.0, unseen * (1.0 - unseen)) / num_samples)  # rounded, 1 may be more
-    return seen - unseen > STANDARD_ERRORS * deviation and present > 0.5 * (unseen + seen)
+    return seen - unseen > STANDARD_ERRORS * standard_error(unseen, num_samples) and present > 0.5 * (unseen + seen)

@@ -122,9 +122,15 @@ class Score:
     log_loss: float
     logit_scale: float
 
-    def is_better_than(self, other: Score) -> bool:
-        """Whether samples are likelier, and no fewer right."""
-        return self.log_loss < other.log_loss and self.accuracy >= other.accuracy
+    def is_better_than(self, other: Score, *, num_samples: int) -> bool:
+        """Whether samples are likelier, and not fewer right by more than a standard error of so many."""
+        chance = standard_error(other.accuracy, num_samples)
+        return self.log_loss < other.log_loss and self.accuracy >= other.accuracy - chance
+
+
+def standard_error(accuracy: float, num_samples: int) -> float:
+    """Of an accuracy over so many samples."""
+    return math.sqrt(max(0.0, accuracy * (1.0 - accuracy)) / num_samples)  # rounded, 1 may be more
 
 
 @torch.no_grad()
