@@ -242,7 +242,7 @@ def overview() -> Iterator[tuple[str, int, list[list[dict[str, Any]]]]]:
             names = ("softmax of rank D", "trained from class vectors", "class vectors")
             own = [frozen[images, name, dim] for name in names]
             yield f"frozen, {images} images a class", dim, [frozen[images, "softmax", 100], *own]
-    tuned = defaultdict(list, finetune.chosen(cifar100.results_of("finetune")))
+    tuned = finetune.chosen(cifar100.results_of("finetune"))
     for dim in DIMS:
         own = [tuned[finetune.NARROW[1], dim], tuned[finetune.NARROW[0], dim]]
         yield f"fine-tuned, {finetune.TRAINED} images a class", dim, [tuned[finetune.WIDE[0], None], *own, []]
