@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from clouds import Batches, assert_same_state, batched, clouds, make_head, normal
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from ranks import run_on_ranks
 from torch import nn
@@ -482,6 +482,20 @@ def test_statistics_far_from_zero_are_exact_enough():
     near.add(features.double(), labels)
     far.add(features.double() + 1e4, labels)
     torch.testing.assert_close(far.scatter().within, near.scatter().within, atol=1e-6, rtol=0)
+
+
+@given(
+    seed=SEEDS,
+    spread=st.sampled_from([0.0, 1e-3, 1.0]),
+    factor=st.sampled_from([1e-4, 1e-2, 1.0]),
+    offset=st.sampled_from([0.0, 1e2, 1e3, 1e4]),
+)
+def test_classes_of_little_spread_far_from_zero_are_told_apart(seed, spread, factor, offset):
+    means = normal(6, 12, seed=seed)
+    labels = torch.arange(6).repeat(10)
+    features = factor * (30.0 * means[labels] + spread * normal(60, 12, seed=seed + 1)) + offset
+    assume(torch.pdist(features[:6]).min() > 1e-5 * features.norm(dim=1).mean())  # as float32 tells them
+    assert fit_head(make_head(6, 12, 5), batched(features, labels)).accuracy == 1.0
 
 
 # The numbers written into the projection

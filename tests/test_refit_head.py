@@ -262,6 +262,41 @@ def test_a_head_of_more_data_stays_as_it_is():
     assert_same_state(head, before)
 
 
+def folded_clouds(num_each: int, draw: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of 20 classes that are no Gaussian clouds: a layer's activations of three clouds for each class."""
+    labels = torch.arange(20).repeat(num_each)
+    places = normal(60, 20)[3 * labels + torch.arange(len(labels)) // 20 % 3]
+    folded = (places + normal(len(labels), 20, seed=draw)) @ normal(20, 256, seed=1) / 20**0.5
+    return F.relu(folded + 0.3 * normal(256, seed=2)), labels
+
+
+def right(head: nn.Module, features: torch.Tensor, labels: torch.Tensor) -> float:
+    return float((head(features).argmax(dim=1) == labels).float().mean())
+
+
+def test_a_closed_form_that_follows_its_samples_does_not_keep_a_better_fit_away():
+    samples, others = folded_clouds(300, draw=3), folded_clouds(200, draw=4)
+    head = make_head(20, 256, 20, bank="simplex")
+    follows = fit_head(head, batched(*samples, 500)).accuracy
+    before = right(head, *others)
+    assert follows > before + 0.03
+    fit = refit_head(head, batched(*samples, 500))
+    assert fit.held_out.was_seen
+    assert fit.held_out.is_better
+    assert fit.held_out.accuracy_before == pytest.approx(before, abs=0.04)  # and not what it was on its own samples
+    assert right(head, *others) > before + 0.01
+
+
+@pytest.mark.parametrize("num_each", [10, 30, 100])
+def test_a_good_head_is_not_taken_for_the_closed_form_of_a_few_other_samples(num_each):
+    samples, few, others = folded_clouds(600, draw=3), folded_clouds(num_each, draw=4), folded_clouds(100, draw=5)
+    head = make_head(20, 256, 20, bank="simplex")
+    fit_head(head, batched(*samples, 500))
+    before = right(head, *others)
+    refit_head(head, batched(*few, 500))
+    assert right(head, *others) > before - 0.01
+
+
 def test_class_counts_stand_for_labels_that_count_alike():
     features, labels = overlapping(per_class=200)
     alike, adjusted, plain = (make_head(6, 8, 6, bank="simplex") for _ in range(3))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hyperproto.errors import ArgumentError
 from hyperproto.fitting.lbfgs import Samples
 from hyperproto.fitting.statistics import ClassScatter, FeatureStatistics
 from hyperproto.fitting.unit_head import Coordinates, UnitHead
@@ -31,8 +32,16 @@ def match_classes(scatter: ClassScatter, prototypes: Tensor, current: Tensor) ->
 
     Returns:
         (C,) int64.
+
+    Raises:
+        ArgumentError: the covariance is not positive definite.
     """
-    factor = torch.linalg.cholesky(scatter.within)
+    factor, failed = torch.linalg.cholesky_ex(scatter.within)
+    if failed:
+        raise ArgumentError(
+            "the features that reach the head lie so far from zero that rounding hides how classes spread; the head is "
+            "unchanged. Subtract their mean first."
+        )
     whitened = torch.linalg.solve_triangular(factor, (scatter.means - scatter.centre).T, upper=False).T  # (S, F)
     # A rotation of the whitened means, no wider than there are classes.
     left, lengths, _ = torch.linalg.svd(whitened, full_matrices=False)

@@ -42,10 +42,11 @@ class HeldOut:
     is_better: bool
 
     def __str__(self) -> str:
+        before = "in closed form" if self.was_seen else "before"
         return (
-            f"on {self.num_samples} samples held out: accuracy {100 * self.accuracy_before:.1f} % before, "
-            f"{100 * self.accuracy:.1f} % after, log-loss {self.log_loss_before:.3f} before, {self.log_loss:.3f} after"
-            f"{' (in closed form)' if self.was_seen else ''}{'' if self.is_better else '; what there was stays'}"
+            f"on {self.num_samples} samples held out: accuracy {100 * self.accuracy_before:.1f} % {before}, "
+            f"{100 * self.accuracy:.1f} % fitted, log-loss {self.log_loss_before:.3f} {before}, "
+            f"{self.log_loss:.3f} fitted{'' if self.is_better else '; what there was stays'}"
         )
 
 

@@ -13,6 +13,9 @@ from hyperproto.targets import evidence, is_seen
 #: Class means nearer to each other than this share of the features' squared length are one point and its rounding.
 SMALLEST_SPREAD = 1e-12
 
+#: Variance of rounding to float32, as a share of the squared number.
+ROUNDING = torch.finfo(torch.float32).eps ** 2 / 2
+
 #: Least variance that any direction is taken to have, as a share of the mean one: it keeps constant features, and
 #: classes without any spread, from dividing by zero.
 SMALLEST_VARIANCE = 1e-8
@@ -95,7 +98,8 @@ class FeatureStatistics:
         within = total - between
         if shrunk:
             within = shrunk_covariance(within, float(num_samples) - len(labels))
-        within.diagonal().add_(SMALLEST_VARIANCE * float(total.trace()) / len(total))
+        least = max(SMALLEST_VARIANCE * float(total.trace()), ROUNDING * float(moment.trace()))
+        within.diagonal().add_(least / len(total))
         centre = means.mean(dim=0)
         balanced = within + _spread(means, centre, torch.full_like(means[:, 0], 1.0 / len(labels)))
         return ClassScatter(labels, means, centre, within, balanced, sample_mean, total)

@@ -16,7 +16,7 @@ from hyperproto.fitting.lbfgs import Samples
 from hyperproto.fitting.report import HeldOut
 from hyperproto.fitting.teacher import Teacher, find_teacher, first_teacher, refined
 from hyperproto.fitting.temperature import SCALE_BOUNDS
-from hyperproto.fitting.unit_head import Coordinates, UnitHead, score, standard_error
+from hyperproto.fitting.unit_head import Coordinates, UnitHead, difference, score, standard_error
 
 #: Apart by less than so many standard errors, accuracies do not differ.
 STANDARD_ERRORS = 3.0
@@ -118,8 +118,20 @@ def fit_unit_head(features: HeldFeatures, task: Task, options: FitOptions) -> Fi
     final = pupil(refined(teacher, everything, prior, iterations=iterations), everything)
     seen = score(final, held_out)
     num_samples = features.num_held_out(task.index)
-    was_seen = not task.asks_present or has_seen(present.accuracy, unseen.accuracy, seen.accuracy, num_samples)
-    rival = score(task.stand_in(fitted_to, coordinates), held_out) if was_seen else present
+
+    def closed(samples: Samples) -> UnitHead:
+        return task.stand_in(samples, coordinates)
+
+    def is_closed_form() -> bool:
+        # Nearer to the one of all samples than that which lacks a tenth of them.
+        nearest = closed(everything)
+        return difference(before, nearest, held_out) < difference(closed(fitted_to), nearest, held_out)
+
+    was_seen = not task.asks_present or (
+        not unseen.is_better_than(present, num_samples=num_samples)
+        and (has_seen(present.accuracy, unseen.accuracy, seen.accuracy, num_samples) or is_closed_form())
+    )
+    rival = score(closed(fitted_to), held_out) if was_seen else present
     is_better = any(unseen.is_better_than(other, num_samples=num_samples) for other in (rival, present))
     report = HeldOut(
         num_samples=num_samples,

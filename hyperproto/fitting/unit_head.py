@@ -148,3 +148,13 @@ def score(head: UnitHead, samples: Samples) -> Score:
         return F.cross_entropy(scale * head.cosines(features), labels, reduction="none")
 
     return Score(float(curves.correct), samples.mean(loss), curves.best_scale("confidence"))
+
+
+@torch.no_grad()
+def difference(first: UnitHead, second: UnitHead, samples: Samples) -> float:
+    """Mean square of the differences between two heads' cosines on all ranks' samples."""
+
+    def square(features: Tensor, labels: Tensor) -> Tensor:
+        return (first.cosines(features) - second.cosines(features)).square().mean(dim=1)
+
+    return samples.mean(square)
