@@ -41,10 +41,10 @@ from hyperproto import (
 )
 from hyperproto.affine import affine
 from hyperproto.conversion.channels import ChannelsFirstHead
-from hyperproto.fitting import data, unit_fit
+from hyperproto.fitting import data, hand_over, unit_fit
 from hyperproto.fitting.closed_form import least_squares
 from hyperproto.fitting.components import principal_components
-from hyperproto.fitting.hand_over import start_with_prototypes
+from hyperproto.fitting.hand_over import start_with_free_vectors, start_with_prototypes
 from hyperproto.fitting.held_out import held_out, sample_keys
 from hyperproto.fitting.lbfgs import Samples
 from hyperproto.fitting.teacher import find_teacher, first_teacher, refined
@@ -174,6 +174,30 @@ def test_answers_are_handed_on_at_three_quarters_of_the_teachers_scale(compress,
     lengths *= np.linalg.norm(teacher.vectors.double().numpy(), axis=1)[labels.numpy()]
     assert (0.75 * lengths.mean() < 6.0) == (num_classes == 6)
     assert float(model[0].logit_scale) == pytest.approx(max(6.0, 0.75 * lengths.mean()), rel=1e-5)
+
+
+def test_fixed_prototypes_take_the_share_of_the_scale_that_suits_held_out_samples(monkeypatch):
+    for num_each, apart in ((60, 1.0), (600, 0.7), (100, 1.5)):
+        features, labels = clouds(10, 24, apart=apart, per_class=num_each)
+        found = []
+        for shares in ((0.75, 1.0), (0.75,), (1.0,)):
+            monkeypatch.setattr(hand_over, "SHARES_OF_SCALE", shares)
+            found.append(refit_head(make_head(10, 24, 10, bank="simplex"), batched(features, labels)).held_out.log_loss)
+        assert found[0] == min(found[1:])
+        assert found[1] != found[2]
+
+
+def test_directions_that_a_teacher_does_without_do_not_blind_the_start():
+    features, labels = clouds(20, 24)
+    found = held(features, labels, num_classes=20)
+    samples = found.all(0, classes_alike=True)
+    teacher = first_teacher(coordinates_of(found), samples, 20, rank=12)
+    teacher = refined(dataclasses.replace(teacher, penalty=1e-3), samples, torch.zeros(20), iterations=20)
+    left, lengths, right = torch.linalg.svd(teacher.vectors, full_matrices=False)
+    lengths[8:] *= 1e-4  # what a penalty leaves of them
+    teacher = dataclasses.replace(teacher, vectors=left * lengths @ right, bias=teacher.bias + normal(20))
+    start = start_with_free_vectors(teacher, 12, torch.arange(20))
+    assert float(start.cosines(features).gather(1, labels[:, None]).mean()) > 0.5
 
 
 @pytest.mark.parametrize("dim", [5, 6, 8])

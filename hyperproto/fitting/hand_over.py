@@ -13,9 +13,10 @@ from hyperproto.fitting.teacher import Teacher
 from hyperproto.fitting.temperature import SCALE_BOUNDS
 from hyperproto.fitting.unit_head import UnitHead
 
-#: Scale of the cosines while answers are handed on, as a share of the teacher's own. With more of it a head follows the
-#: teacher further than is good, on few samples; with less it cannot say what a teacher of many samples says.
-SHARE_OF_SCALE = 0.75
+#: Scales of the cosines while answers are handed on, as shares of the teacher's own. With more of it a head follows the
+#: teacher further than is good, on few samples; with less it cannot say what a teacher of many samples says. Free class
+#: vectors have the first. Fixed ones, which cannot come nearer to each other where classes are alike, have a choice.
+SHARES_OF_SCALE = (0.75, 1.0)
 
 #: It is never less. Of few samples a teacher is unsure of everything, and a head that is as unsure tells classes apart
 #: less well than it.
@@ -24,13 +25,16 @@ SMALLEST_SCALE = 6.0
 #: Iterations: what is not reached by then is not worth having.
 MOST_ITERATIONS = 30
 
-#: Singular values of centred prototypes below this share of the largest one are rounding of float32.
-SMALLEST_SPANNING = 1e-5
+#: Directions that class vectors span by less than this share of the widest one stay out of where a fit starts. A
+#: penalty may leave of them what is next to nothing, whose inverse would drown all others.
+SMALLEST_SPANNING = 0.05
 
 
-def scale_for(teacher: Teacher, samples: Samples) -> float:
-    """The scale of the cosines at which a teacher's answers are handed on."""
-    return min(max(SMALLEST_SCALE, SHARE_OF_SCALE * teacher.scale(samples)), SCALE_BOUNDS[1])
+def scales_for(teacher: Teacher, samples: Samples, *, are_fixed: bool) -> tuple[float, ...]:
+    """Scales of the cosines at which a teacher's answers may be handed on to prototypes, fixed ones or free ones."""
+    own = teacher.scale(samples)
+    shares = SHARES_OF_SCALE if are_fixed else SHARES_OF_SCALE[:1]
+    return tuple(min(max(SMALLEST_SCALE, share * own), SCALE_BOUNDS[1]) for share in shares)
 
 
 def hand_over(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hyperproto.errors import ArgumentError
 from hyperproto.fitting.data import FitOptions, HeldFeatures
-from hyperproto.fitting.hand_over import MOST_ITERATIONS, hand_over, scale_for
+from hyperproto.fitting.hand_over import MOST_ITERATIONS, hand_over, scales_for
 from hyperproto.fitting.lbfgs import Samples
 from hyperproto.fitting.report import HeldOut
 from hyperproto.fitting.teacher import Teacher, find_teacher, first_teacher, refined
@@ -71,8 +71,8 @@ class Fit:
 def fit_unit_head(features: HeldFeatures, task: Task, options: FitOptions) -> Fit:
     """A head that gives a teacher's answers, or the present one where these are no better on held-out samples.
 
-    Penalty and `logit_scale` are chosen on the held-out samples, the scale of the cosines meanwhile by the teacher. The
-    fit is then made once more with them.
+    Penalty, `logit_scale` and, among those that suit the teacher, the scale of the cosines meanwhile are chosen on the
+    held-out samples. The fit is then made once more with them.
 
     Args:
         features: that reach the heads.
@@ -98,9 +98,10 @@ def fit_unit_head(features: HeldFeatures, task: Task, options: FitOptions) -> Fi
 
     first = first_teacher(coordinates, fitted_to, num_classes, task.rank)
     teacher = find_teacher(first, fitted_to, held_out, prior, iterations=iterations)
-    scale = scale_for(teacher, fitted_to) if given_scale is None else given_scale
+    fixed = not len(task.free_vectors)
+    scales = scales_for(teacher, fitted_to, are_fixed=fixed) if given_scale is None else (given_scale,)
 
-    def pupil(teacher: Teacher, samples: Samples) -> UnitHead:
+    def pupil(teacher: Teacher, samples: Samples, scale: float) -> UnitHead:
         return hand_over(
             teacher,
             task.start(teacher),
@@ -113,9 +114,11 @@ def fit_unit_head(features: HeldFeatures, task: Task, options: FitOptions) -> Fi
         )
 
     if held_out is None:
-        return Fit(pupil(teacher, fitted_to), scale, None)
-    present, unseen = score(before, held_out), score(pupil(teacher, fitted_to), held_out)
-    final = pupil(refined(teacher, everything, prior, iterations=iterations), everything)
+        return Fit(pupil(teacher, fitted_to, scales[0]), scales[0], None)
+    present = score(before, held_out)
+    found = {scale: score(pupil(teacher, fitted_to, scale), held_out) for scale in scales}
+    scale, unseen = min(found.items(), key=lambda each: each[1].log_loss)
+    final = pupil(refined(teacher, everything, prior, iterations=iterations), everything, scale)
     seen = score(final, held_out)
     num_samples = features.num_held_out(task.index)
 
