@@ -14,8 +14,8 @@ from hyperproto.fitting.temperature import SCALE_BOUNDS
 from hyperproto.fitting.unit_head import UnitHead
 
 #: Scales of the cosines while answers are handed on, as shares of the teacher's own. With more of it a head follows the
-#: teacher further than is good, on few samples; with less it cannot say what a teacher of many samples says. Free class
-#: vectors have the first. Fixed ones, which cannot come nearer to each other where classes are alike, have a choice.
+#: teacher further than is good, on few samples; with less it cannot say what a teacher of many samples says. Prototypes
+#: of a simplex, behind which a fit starts as the teacher, have a choice; others have the first.
 SHARES_OF_SCALE = (0.75, 1.0)
 
 #: It is never less. Of few samples a teacher is unsure of everything, and a head that is as unsure tells classes apart
@@ -30,10 +30,16 @@ MOST_ITERATIONS = 30
 SMALLEST_SPANNING = 0.05
 
 
-def scales_for(teacher: Teacher, samples: Samples, *, are_fixed: bool) -> tuple[float, ...]:
-    """Scales of the cosines at which a teacher's answers may be handed on to prototypes, fixed ones or free ones."""
+def scales_for(teacher: Teacher, samples: Samples, *, is_exact: bool) -> tuple[float, ...]:
+    """Scales of the cosines at which a teacher's answers may be handed on.
+
+    Args:
+        teacher: whose answers.
+        samples: that it was fitted to.
+        is_exact: whether what starts as the teacher can say all that it says, but for lengths.
+    """
     own = teacher.scale(samples)
-    shares = SHARES_OF_SCALE if are_fixed else SHARES_OF_SCALE[:1]
+    shares = SHARES_OF_SCALE if is_exact else SHARES_OF_SCALE[:1]
     return tuple(min(max(SMALLEST_SCALE, share * own), SCALE_BOUNDS[1]) for share in shares)
 
 

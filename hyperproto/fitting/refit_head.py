@@ -71,8 +71,9 @@ def refit_head(
         model: a converted model, bare or wrapped, or a head (whose inputs the batches are then).
         loader: as for `fit_head`, with labels, not soft targets: the training data, without augmentation.
         scale: s > 0, of the cosines, and the heads' `logit_scale` afterwards. None: s is three quarters of the
-            classifier's own (the mean length of U x times that of the label's row of V) or all of it, as held-out
-            samples prefer, at least 6, and `logit_scale` is the one at which these are as often right as they are sure.
+            classifier's own (the mean length of U x times that of the label's row of V), or with D >= C - 1 all of it
+            where held-out samples are likelier then; at least 6. `logit_scale` is the one at which they are as often
+            right as they are sure.
         iterations: at most so many of L-BFGS for each penalty, at least 1; each costs one or two passes over the
             features.
         class_counts: (C,) samples of each class, to predict labels as if they were equally frequent, from samples that

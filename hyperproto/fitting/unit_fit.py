@@ -98,8 +98,8 @@ def fit_unit_head(features: HeldFeatures, task: Task, options: FitOptions) -> Fi
 
     first = first_teacher(coordinates, fitted_to, num_classes, task.rank)
     teacher = find_teacher(first, fitted_to, held_out, prior, iterations=iterations)
-    fixed = not len(task.free_vectors)
-    scales = scales_for(teacher, fitted_to, are_fixed=fixed) if given_scale is None else (given_scale,)
+    is_exact = not len(task.free_vectors) and task.rank >= num_classes - 1
+    scales = scales_for(teacher, fitted_to, is_exact=is_exact) if given_scale is None else (given_scale,)
 
     def pupil(teacher: Teacher, samples: Samples, scale: float) -> UnitHead:
         return hand_over(
