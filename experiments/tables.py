@@ -199,7 +199,10 @@ def correct_images(line: dict[str, Any]) -> np.ndarray:
 
 
 def frozen_table(key: str, methods: tuple[str, ...]) -> str:
-    """A figure of heads on frozen features: one row for each number of images and dimension, one column a method."""
+    """A figure of heads on frozen features: one row for each number of images and dimension, one column a method.
+
+    The number of seeds is the largest of a row; in parentheses it stands where it is smaller.
+    """
     lines = cifar100.results_of("frozen")
     rows = [["D", "images a class", "n", *methods], ["---"] * (3 + len(methods))]
     for images in sorted({line["images"] for line in lines}):
@@ -212,7 +215,8 @@ def frozen_table(key: str, methods: tuple[str, ...]) -> str:
             }
             number = max(len(found) for found in cells.values())
             if number:
-                values = (shown(found, key) if len(found) == number else "-" for found in cells.values())
+                own = ((found, "" if len(found) == number else f" ({len(found)})") for found in cells.values())
+                values = (shown(found, key) + count if found else "-" for found, count in own)
                 rows.append([str(dim), str(images), str(number), *values])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
