@@ -498,6 +498,15 @@ def test_classes_of_little_spread_far_from_zero_are_told_apart(seed, spread, fac
     assert fit_head(make_head(6, 12, 5), batched(features, labels)).accuracy == 1.0
 
 
+def test_features_whose_spread_is_lost_in_rounding_are_refused():
+    labels = torch.arange(6).repeat(100)
+    head = make_head(6, 200, 5)
+    before = copy.deepcopy(head.state_dict())
+    with pytest.raises(ArgumentError, match="so far from zero that rounding hides"):
+        fit_head(head, batched(1e4 + 3.0 * normal(6, 200)[labels], labels))
+    assert_same_state(head, before)
+
+
 # The numbers written into the projection
 
 

@@ -90,8 +90,8 @@ def fit_head(
 
     Raises:
         HeadNotFoundError: the model has no hyperspherical head, or does not call it.
-        ArgumentError: no samples, features that are not finite, or none that tell labels apart; another bank; with
-            "class-vectors" a model whose head cannot be replaced.
+        ArgumentError: no samples, features that are not finite, too far from zero for how they spread, or none that
+            tell labels apart; another bank; with "class-vectors" a model whose head cannot be replaced.
         AssignmentError: mean embeddings that are not finite, for a head without a projection.
         BankError: its heads do not share one bank and one assignment.
         LabelError, ShapeError: targets that do not fit. After any error the model is as it was (on other ranks, with

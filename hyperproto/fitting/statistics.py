@@ -13,7 +13,7 @@ from hyperproto.targets import evidence, is_seen
 #: Class means nearer to each other than this share of the features' squared length are one point and its rounding.
 SMALLEST_SPREAD = 1e-12
 
-#: Variance of rounding to float32, as a share of the squared number.
+#: No less than the variance of rounding to float32, as a share of the squared number.
 ROUNDING = torch.finfo(torch.float32).eps ** 2 / 2
 
 #: Least variance that any direction is taken to have, as a share of the mean one: it keeps constant features, and
