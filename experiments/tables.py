@@ -199,10 +199,7 @@ def correct_images(line: dict[str, Any]) -> np.ndarray:
 
 
 def frozen_table(key: str, methods: tuple[str, ...]) -> str:
-    """A figure of heads on frozen features: one row for each number of images and dimension, one column a method.
-
-    The number of seeds is the largest of a row; in parentheses it stands where it is smaller.
-    """
+    """A figure of heads on frozen features: one row for each number of images and dimension, one column a method."""
     lines = cifar100.results_of("frozen")
     rows = [["D", "images a class", "n", *methods], ["---"] * (3 + len(methods))]
     for images in sorted({line["images"] for line in lines}):
@@ -215,8 +212,7 @@ def frozen_table(key: str, methods: tuple[str, ...]) -> str:
             }
             number = max(len(found) for found in cells.values())
             if number:
-                own = ((found, "" if len(found) == number else f" ({len(found)})") for found in cells.values())
-                values = (shown(found, key) + count if found else "-" for found, count in own)
+                values = (shown(found, key) if found else "-" for found in cells.values())
                 rows.append([str(dim), str(images), str(number), *values])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
