@@ -212,7 +212,7 @@ def frozen_table(key: str, methods: tuple[str, ...]) -> str:
             }
             number = max(len(found) for found in cells.values())
             if number:
-                values = (shown(found, key) if found else "-" for found in cells.values())
+                values = (shown(found, key) if len(found) == number else "-" for found in cells.values())
                 rows.append([str(dim), str(images), str(number), *values])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
