@@ -549,6 +549,7 @@ def test_flags_override_the_preset_and_its_head_options_stay_with_its_head():
 
 def test_the_defaults_are_the_recipe_of_the_results_and_give_softmax_the_same_budget():
     flags = ["--model", "cifar_resnet20", "--epochs", "10", "--dim", "100", "--seed", "0", "--device", "cpu"]
+    flags += ["--precision", "bf16"]  # of the runs, on any device
     page = (ROOT / "experiments/results/balanced.jsonl").read_text().splitlines()
     for more in ([], ["--final-dim", "50"]):
         recipe = train.described(train.parse_arguments(["DATA", *flags, *more]))
